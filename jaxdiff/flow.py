@@ -1,0 +1,77 @@
+"""Ordinary differential equations along time, each example with step sizes of its own.
+
+Integration is diffrax's: Tsit5 (Tsitouras 2011, order 5) with error control, reverse-mode differentiable by recursive
+checkpointing. Nothing here depends on batch mates: the solve of one example is vmapped.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdiff import status
+from jaxdiff.schedules import float_time
+from jaxdiff.typing import Status
+
+MAX_STEPS = 4096
+_STAGES = 6
+_SMALLEST_STEP = 1e-7  # of the whole interval: below it float32 times stand still
+
+
+def check_tolerances(rtol: float, atol: float, max_steps: int) -> None:
+  """Refuse tolerances that no solve can meet."""
+  for name, value in (("rtol", rtol), ("atol", atol)):
+    if not value > 0:
+      raise ValueError(f"{name} must be positive, got {value}")
+  if max_steps < 1:
+    raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+
+
+def solve(
+  field: Callable[[Array, Any], Any],
+  y0: Any,
+  start: Array,
+  end: Array,
+  rtol: float,
+  atol: float,
+  max_steps: int = MAX_STEPS,
+) -> tuple[Any, Array, Status]:
+  """Solve dy/dt = field(t, y) for one example, from `start` to `end` in either direction of time.
+
+  Args:
+    field: `(t: [], y) -> dy/dt`, of the structure of y.
+    y0: the state at `start`, a pytree; the error control takes its root mean square over all of it.
+    start: a time.
+    end: a time.
+    rtol: relative tolerance of a step.
+    atol: absolute tolerance of a step.
+    max_steps: steps, taken and refused, after which the solve gives up.
+
+  Returns:
+    (the state at `end`, NaN where the solve failed; number of evaluations of the field []; status with fields []).
+  """
+  with jax.default_matmul_precision("highest"):
+    solution = diffrax.diffeqsolve(
+      diffrax.ODETerm(lambda t, y, args: field(t, y)),
+      diffrax.Tsit5(),
+      t0=float_time(start),
+      t1=float_time(end),
+      dt0=None,
+      y0=y0,
+      saveat=diffrax.SaveAt(t1=True),
+      stepsize_controller=diffrax.PIDController(
+        rtol=rtol, atol=atol, dtmin=_SMALLEST_STEP * jnp.abs(end - start), force_dtmin=False
+      ),
+      max_steps=max_steps,
+      throw=False,
+    )
+  y1 = jax.tree.map(lambda leaf: leaf[0], solution.ys)
+  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(y1)]))
+  steps, accepted = solution.stats["num_steps"], solution.stats["num_accepted_steps"]
+  unfinished = jnp.where(finite & (steps >= max_steps), status.MAX_STEPS, status.NON_FINITE)
+  code = jnp.where(finite & (solution.result == diffrax.RESULTS.successful), status.SUCCESS, unfinished)
+  y1 = jax.tree.map(lambda leaf: jnp.where(code == status.SUCCESS, leaf, jnp.nan), y1)
+  return y1, _STAGES * steps + 1, Status(code, accepted, solution.stats["num_rejected_steps"])

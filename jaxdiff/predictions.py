@@ -1,0 +1,227 @@
+"""What a network outputs, and how it becomes a score and a denoiser.
+
+With x_t = alpha x_0 + sigma eps, r^2 = alpha^2 + sigma^2, V = sigma^2 + alpha^2 s^2 (s = sigma_data), F the raw output:
+
+                target of F                       E[x_0 | x_t]                     score
+    noise       eps                               (x - sigma F) / alpha            -F / sigma
+    data        x_0                               F                                (alpha F - x) / sigma^2
+    velocity    (alpha eps - sigma x_0) / r       alpha x / r^2 - sigma F / r      -x / r^2 - alpha F / (r sigma)
+    score       -eps / sigma                      (x + sigma^2 F) / alpha          F
+    edm(s)      (sigma x_0 / s - alpha s eps)     alpha s^2 x / V                  -x / V
+                  / sqrt V                          + s sigma F / sqrt V             + s alpha F / (sigma sqrt V)
+
+For VP, r = 1. `edm` is the preconditioning of Karras et al. (2022, Table 1) of the rescaled state x / alpha at noise
+level sigma / alpha, solved for the score by hand so that no digits cancel at small sigma; its network sees x / sqrt V
+and the time log(sigma / alpha) / 4, all others see (x, t) as they are.
+
+References:
+  Ho et al. 2020 (noise); Salimans & Ho 2022, Progressive Distillation, eq. 9 and Appendix D (velocity); Efron 2011,
+  Tweedie's Formula, eq. 1.4.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdiff.sde import ScalarSDE, batch_time, expand
+from jaxdiff.typing import Network, Params, ScoreFn, State, Time
+
+
+class Prediction(NamedTuple):
+  """What the raw output of a network means: four pure functions of a state and its (alpha, sigma).
+
+  All act elementwise; alpha and sigma come shaped to broadcast against x. `to_score` and `to_denoised` are affine in
+  the output: the losses read from them by how much an error of the output counts.
+
+  Attributes:
+    precondition: `(x, t, alpha, sigma) -> (x, t)`, what the network is given; t, alpha, sigma: `[b]`.
+    target: `(x0, noise, alpha, sigma)`, what the output is trained to be.
+    to_score: `(x, output, alpha, sigma)`.
+    to_denoised: `(x, output, alpha, sigma)`.
+  """
+
+  precondition: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
+  target: Callable[[Array, Array, Array, Array], Array]
+  to_score: Callable[[Array, Array, Array, Array], Array]
+  to_denoised: Callable[[Array, Array, Array, Array], Array]
+
+
+def _as_is(x: Array, t: Array, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+  return x, t
+
+
+def _norm(alpha: Array, sigma: Array) -> Array:
+  return jnp.sqrt(alpha**2 + sigma**2)
+
+
+@functools.cache
+def noise() -> Prediction:
+  """The network predicts the noise eps."""
+  return Prediction(
+    precondition=_as_is,
+    target=lambda x0, noise, alpha, sigma: noise,
+    to_score=lambda x, output, alpha, sigma: -output / sigma,
+    to_denoised=lambda x, output, alpha, sigma: (x - sigma * output) / alpha,
+  )
+
+
+@functools.cache
+def data() -> Prediction:
+  """The network predicts the clean data x_0."""
+  return Prediction(
+    precondition=_as_is,
+    target=lambda x0, noise, alpha, sigma: x0,
+    to_score=lambda x, output, alpha, sigma: (alpha * output - x) / sigma**2,
+    to_denoised=lambda x, output, alpha, sigma: output,
+  )
+
+
+@functools.cache
+def velocity() -> Prediction:
+  """The network predicts v = (alpha eps - sigma x_0) / r, the direction of travel on the circle of (x_0, eps)."""
+
+  def target(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
+    r = _norm(alpha, sigma)
+    return alpha / r * noise - sigma / r * x0
+
+  def to_score(x: Array, output: Array, alpha: Array, sigma: Array) -> Array:
+    r = _norm(alpha, sigma)
+    return -x / r**2 - alpha / (r * sigma) * output
+
+  def to_denoised(x: Array, output: Array, alpha: Array, sigma: Array) -> Array:
+    r = _norm(alpha, sigma)
+    return alpha / r**2 * x - sigma / r * output
+
+  return Prediction(_as_is, target, to_score, to_denoised)
+
+
+@functools.cache
+def score() -> Prediction:
+  """The network predicts the score itself."""
+  return Prediction(
+    precondition=_as_is,
+    target=lambda x0, noise, alpha, sigma: -noise / sigma,
+    to_score=lambda x, output, alpha, sigma: output,
+    to_denoised=lambda x, output, alpha, sigma: (x + sigma**2 * output) / alpha,
+  )
+
+
+@functools.cache
+def edm(sigma_data: float = 0.5) -> Prediction:
+  """EDM preconditioning: input and output of the network have unit variance at every noise level.
+
+  Args:
+    sigma_data: standard deviation of the data, a positive Python number.
+
+  Raises:
+    ValueError: if sigma_data is not positive.
+  """
+  if not sigma_data > 0:
+    raise ValueError(f"sigma_data must be positive, the standard deviation of the data; got {sigma_data}")
+  s = sigma_data
+
+  def spread(alpha: Array, sigma: Array) -> Array:
+    return jnp.sqrt(sigma**2 + (s * alpha) ** 2)
+
+  def precondition(x: Array, t: Array, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+    return x / expand(spread(alpha, sigma), x), 0.25 * (jnp.log(sigma) - jnp.log(alpha))
+
+  def target(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
+    root = spread(alpha, sigma)
+    return sigma / (s * root) * x0 - alpha * s / root * noise
+
+  def to_score(x: Array, output: Array, alpha: Array, sigma: Array) -> Array:
+    root = spread(alpha, sigma)
+    return -x / root**2 + s * alpha / (sigma * root) * output
+
+  def to_denoised(x: Array, output: Array, alpha: Array, sigma: Array) -> Array:
+    root = spread(alpha, sigma)
+    return alpha * s**2 / root**2 * x + s * sigma / root * output
+
+  return Prediction(precondition, target, to_score, to_denoised)
+
+
+def call_network(network: Network, prediction: Prediction, sde: ScalarSDE, x: State, t: Time, cond: Any) -> State:
+  """The raw output at (x, t), checked and cast to the type of x.
+
+  Raises:
+    ValueError: if the output has another shape than x.
+    TypeError: if it is not an array of floating point numbers.
+  """
+  t = batch_time(t, x)
+  output = network(*prediction.precondition(x, t, *sde.marginal(t)), **cond)
+  if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.floating):
+    raise TypeError(f"network must return a floating point array, got {getattr(output, 'dtype', type(output))}")
+  if output.shape != x.shape:
+    raise ValueError(f"network must return an array of the shape of x, {x.shape}; got {output.shape}")
+  return output.astype(x.dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "sde"], meta_fields=["apply", "prediction"])
+@dataclass(frozen=True)
+class _Model:
+  """A network read as a score; a pytree whose leaves are the parameters and the numbers of the process."""
+
+  apply: Callable[..., Array]
+  params: Params
+  sde: ScalarSDE
+  prediction: Prediction
+
+  def __call__(self, x: State, t: Time, /, **cond: Array) -> State:
+    return self._read(self.prediction.to_score, x, t, cond)
+
+  def denoised(self, x: State, t: Time, /, **cond: Array) -> State:
+    return self._read(self.prediction.to_denoised, x, t, cond)
+
+  def _read(self, convert: Callable[..., Array], x: State, t: Time, cond: Any) -> State:
+    output = call_network(functools.partial(self.apply, self.params), self.prediction, self.sde, x, t, cond)
+    alpha, sigma = (expand(value, x) for value in self.sde.marginal(batch_time(t, x)))
+    return convert(x, output, alpha, sigma)
+
+
+def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, prediction: Prediction) -> _Model:
+  """Read a network as a score: the only adapter between networks and the library.
+
+  Args:
+    apply: `(params, x: [b, *d], t: [b], **cond) -> [b, *d]`, such as a linen module's `apply`.
+    params: its parameters, any pytree. Make the score inside the jitted function that takes them as an argument.
+    sde: a process with scalar marginals.
+    prediction: what the output means: `predictions.noise()`, `data()`, `velocity()`, `score()`, `edm(sigma_data)`.
+
+  Returns:
+    A callable pytree `score(x, t, **cond) -> [b, *d]`; `score.denoised(x, t, **cond)` is E[x_0 | x_t], straight from
+    the output (through the score it would lose up to 1e-4 in float32 where alpha is small).
+
+  Raises:
+    ValueError, TypeError: when called, if the network returns another shape than x or an integer type.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxdiff as jd
+    >>> apply = lambda params, x, t: params * x
+    >>> score = jd.score_fn(apply, jnp.float32(2.0), jd.VP(), jd.predictions.score())
+    >>> float(score(jnp.ones((1, 3)), 0.5)[0, 0])
+    2.0
+  """
+  return _Model(apply, params, sde, prediction)
+
+
+def denoised(sde: ScalarSDE, score: ScoreFn, x: State, t: Time, **cond: Array) -> State:
+  """E[x_0 | x_t], from `score.denoised` where there is one, else by Tweedie's formula (x + sigma^2 score) / alpha."""
+  direct = getattr(score, "denoised", None)
+  if direct is not None:
+    return direct(x, t, **cond)
+  t = batch_time(t, x)
+  alpha, sigma = (expand(value, x) for value in sde.marginal(t))
+  return (x + sigma**2 * score(x, t, **cond)) / alpha
+
+
+def noise_factor(prediction: Prediction, alpha: Array, sigma: Array) -> Array:
+  """By how much an error of the output counts in units of the noise: |d eps / d F| = sigma |d score / d F|."""
+  one = jnp.ones_like(sigma)
+  slope = prediction.to_score(jnp.zeros_like(one), one, alpha, sigma)
+  return sigma * jnp.abs(slope)

@@ -1,0 +1,4 @@
+"""Samplers: factories of `sampler(key, x_T, score, cond={}) -> Sample(x, nfe, path, status)`."""
+
+from jaxdiff.samplers.probability_flow import probability_flow as probability_flow
+from jaxdiff.samplers.reverse_sde import reverse_sde as reverse_sde

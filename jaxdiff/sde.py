@@ -1,0 +1,299 @@
+"""Forward processes dx = f(x, t) dt + G(t) dw, which carry data at t = 0 to a known prior at t = t1.
+
+A process is a frozen dataclass of numbers and a pytree; any class with the methods of the protocols below does as well.
+
+            f(x, t)        g(t)^2                  alpha(t)      sigma(t)^2        prior            t1
+    VP      -beta x / 2    beta                    exp(-B / 2)   1 - exp(-B)       N(0, I)          1          (1)
+    SubVP   -beta x / 2    beta (1 - exp(-2 B))    exp(-B / 2)   (1 - exp(-B))^2   N(0, I)          1          (2)
+    CosineVP  as VP, with alpha = cos(theta t), sigma = sin(theta t)               N(0, I)          1          (3)
+    VE      0              2 sigma^2 log(r)        1             (s_min r^t)^2     N(0, s_max^2)    1          (4)
+    EDM     0              2 t                     1             t^2               N(0, s_max^2)    s_max      (5)
+
+with x_t | x_0 ~ N(alpha x_0, sigma^2 I), beta linear in t, B its integral, r = s_max / s_min.
+
+References:
+  Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix B-C, for (1), (2), (4); Nichol & Dhariwal
+  2021, Improved DDPM, eq. 17, for (3); Karras et al. 2022, Elucidating the Design Space, Table 1, for (5).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxdiff import keys, schedules
+from jaxdiff.schedules import float_time
+from jaxdiff.typing import Keys, ScoreFn, State, Time
+
+
+class SDE(Protocol):
+  """A forward process dx = f(x, t) dt + G(t) dw."""
+
+  t1: float
+
+  def drift(self, x: State, t: Time) -> State:
+    """f(x, t), `[b, *d]`."""
+    ...
+
+  def diffuse(self, t: Time, v: State) -> State:
+    """G(t) v for a state v: a symmetric linear map."""
+    ...
+
+  def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State:
+    """Samples of the prior, `shape = (b, *d)`."""
+    ...
+
+  def prior_log_prob(self, z: State) -> Float[Array, " b"]:
+    """Log-density of the prior, in nats."""
+    ...
+
+
+class ScalarSDE(SDE, Protocol):
+  """A process with x_t | x_0 ~ N(alpha_t x_0, sigma_t^2 I)."""
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    """g(t), of the shape of t."""
+    ...
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(alpha, sigma), each of the shape of t."""
+    ...
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    """The time at which log(alpha^2 / sigma^2) has this value."""
+    ...
+
+
+def expand(coefficient: Float[Array, "..."], x: Array) -> Array:
+  """A scalar or `[b]` coefficient, shaped and typed to multiply x `[b, *d]`."""
+  return coefficient.astype(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - 1) * (coefficient.ndim > 0))
+
+
+def batch_time(t: Time, x: Array) -> Float[Array, " b"]:
+  """Time `[b]` for x `[b, *d]`."""
+  return jnp.broadcast_to(float_time(t), x.shape[:1])
+
+
+def log_snr(sde: ScalarSDE, t: Time) -> Float[Array, "..."]:
+  """log(alpha^2 / sigma^2) at time t; `sde.time_of_log_snr` is its inverse."""
+  alpha, sigma = sde.marginal(t)
+  return 2 * (jnp.log(alpha) - jnp.log(sigma))
+
+
+def perturb(key: Keys, x0: State, t: Time, sde: ScalarSDE) -> tuple[State, State]:
+  """Noise the data: x_t = alpha_t x_0 + sigma_t eps.
+
+  Args:
+    key: one key, or one per example.
+    x0: data `[b, *d]`.
+    t: a time, or one per example.
+    sde: a process with scalar marginals.
+
+  Returns:
+    (x_t, eps), each `[b, *d]` of the type of x0.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxdiff as jd
+    >>> x_t, noise = jd.perturb(jax.random.key(0), jnp.ones((4, 2)), 0.5, jd.VP())
+    >>> x_t.shape, noise.shape
+    ((4, 2), (4, 2))
+  """
+  noise = keys.normal(keys.per_example(key, len(x0)), x0.shape, x0.dtype)
+  alpha, sigma = sde.marginal(t)
+  return expand(alpha, x0) * x0 + expand(sigma, x0) * noise, noise
+
+
+def reverse(sde: SDE, score: ScoreFn, eta: float = 1.0) -> tuple[Callable[..., State], Callable[..., State]]:
+  """The process run backwards: f - (1 + eta^2) / 2 G G^T score, with noise eta G.
+
+  Every eta gives the same marginals: 1 the reverse SDE, 0 the probability-flow ODE.
+
+  Args:
+    sde: the forward process.
+    score: `(x, t, **cond) -> [b, *d]`.
+    eta: amount of noise, at least 0.
+
+  Returns:
+    drift(x, t, **cond) and diffuse(t, v). Time still runs forwards: a sampler takes negative steps.
+
+  References:
+    Song et al. 2021, eq. 6 (eta = 1) and eq. 13 (eta = 0); Zhang & Chen 2023, DEIS, eq. 5, for every eta.
+  """
+
+  def drift(x: State, t: Time, **cond: Array) -> State:
+    t = batch_time(t, x)
+    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, score(x, t, **cond)))
+
+  def diffuse(t: Time, v: State) -> State:
+    return eta * sde.diffuse(t, v)
+
+  return drift, diffuse
+
+
+def _diffuse(sde: ScalarSDE, t: Time, v: State) -> State:
+  return expand(sde.diffusion(t), v) * v
+
+
+def _unit_prior_sample(sde: SDE, key: Keys, shape: tuple[int, ...]) -> State:
+  return keys.normal(keys.per_example(key, shape[0]), shape, jnp.result_type(float))
+
+
+def _unit_prior_log_prob(sde: SDE, z: State) -> Float[Array, " b"]:
+  dimension = math.prod(z.shape[1:])
+  return -0.5 * jnp.sum(z**2, axis=range(1, z.ndim)) - 0.5 * dimension * math.log(2 * math.pi)
+
+
+def _wide_prior_sample(sde: "VE | EDM", key: Keys, shape: tuple[int, ...]) -> State:
+  return sde.sigma_max * _unit_prior_sample(sde, key, shape)
+
+
+def _wide_prior_log_prob(sde: "VE | EDM", z: State) -> Float[Array, " b"]:
+  return _unit_prior_log_prob(sde, z / sde.sigma_max) - math.prod(z.shape[1:]) * jnp.log(sde.sigma_max)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VP:
+  """Variance preserving, beta linear in time: the continuous limit of DDPM."""
+
+  beta_min: float = 0.1
+  beta_max: float = 20.0
+
+  t1 = 1.0
+  diffuse = _diffuse
+  prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
+
+  def drift(self, x: State, t: Time) -> State:
+    return expand(-0.5 * schedules.linear_beta(float_time(t), self.beta_min, self.beta_max), x) * x
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    return jnp.sqrt(schedules.linear_beta(float_time(t), self.beta_min, self.beta_max))
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    integral = schedules.linear_beta_integral(float_time(t), self.beta_min, self.beta_max)
+    return jnp.exp(-0.5 * integral), jnp.sqrt(-jnp.expm1(-integral))
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    return schedules.linear_beta_time(jax.nn.softplus(-float_time(log_snr)), self.beta_min, self.beta_max)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SubVP:
+  """VP with less noise at every time: marginal variance (1 - exp(-B))^2, never above VP's."""
+
+  beta_min: float = 0.1
+  beta_max: float = 20.0
+
+  t1 = 1.0
+  diffuse = _diffuse
+  prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
+
+  def drift(self, x: State, t: Time) -> State:
+    return expand(-0.5 * schedules.linear_beta(float_time(t), self.beta_min, self.beta_max), x) * x
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    t = float_time(t)
+    integral = schedules.linear_beta_integral(t, self.beta_min, self.beta_max)
+    return jnp.sqrt(schedules.linear_beta(t, self.beta_min, self.beta_max) * -jnp.expm1(-2 * integral))
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    integral = schedules.linear_beta_integral(float_time(t), self.beta_min, self.beta_max)
+    return jnp.exp(-0.5 * integral), -jnp.expm1(-integral)
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    # alpha / sigma = r and sigma = 1 - alpha^2 give -log(alpha) = asinh(1 / (2 r)).
+    integral = 2 * jnp.arcsinh(0.5 * jnp.exp(-0.5 * float_time(log_snr)))
+    return schedules.linear_beta_time(integral, self.beta_min, self.beta_max)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CosineVP:
+  """Variance preserving with alpha = cos(theta t); theta is such that log-SNR ends at `log_snr_min`."""
+
+  log_snr_min: float = -10.0
+
+  t1 = 1.0
+  diffuse = _diffuse
+  prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
+
+  @property
+  def _theta(self) -> Array:
+    return schedules.cosine_angle(self.log_snr_min)
+
+  def drift(self, x: State, t: Time) -> State:
+    return expand(-self._theta * jnp.tan(self._theta * float_time(t)), x) * x
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    return jnp.sqrt(2 * self._theta * jnp.tan(self._theta * float_time(t)))
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    angle = self._theta * float_time(t)
+    return jnp.cos(angle), jnp.sin(angle)
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    return schedules.cosine_angle(float_time(log_snr)) / self._theta
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VE:
+  """Variance exploding, sigma geometric in time: the continuous limit of SMLD. At t = 0 sigma is sigma_min, not 0."""
+
+  sigma_min: float = 0.01
+  sigma_max: float = 50.0
+
+  t1 = 1.0
+  diffuse = _diffuse
+  prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
+
+  @property
+  def _log_ratio(self) -> Array:
+    return jnp.log(self.sigma_max) - jnp.log(self.sigma_min)
+
+  def drift(self, x: State, t: Time) -> State:
+    return jnp.zeros_like(x)
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    return self.marginal(t)[1] * jnp.sqrt(2 * self._log_ratio)
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    t = float_time(t)
+    return jnp.ones_like(t), self.sigma_min * jnp.exp(t * self._log_ratio)
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    return (-0.5 * float_time(log_snr) - jnp.log(self.sigma_min)) / self._log_ratio
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EDM:
+  """Time is the noise level itself: sigma(t) = t, up to sigma_max."""
+
+  sigma_max: float = 80.0
+
+  diffuse = _diffuse
+  prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
+
+  @property
+  def t1(self) -> float:
+    return self.sigma_max
+
+  def drift(self, x: State, t: Time) -> State:
+    return jnp.zeros_like(x)
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    return jnp.sqrt(2 * float_time(t))
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    t = float_time(t)
+    return jnp.ones_like(t), t
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    return jnp.exp(-0.5 * float_time(log_snr))

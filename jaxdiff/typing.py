@@ -1,0 +1,81 @@
+"""The vocabulary: what every signature of jaxdiff is written in.
+
+Shapes: `x: [b, *d]` with a leading batch axis, `t`: a scalar or `[b]`. Time runs from data at `t = 0` to the prior at
+`sde.t1`. A condition `cond` is a dict of arrays with a leading batch axis, handed on as keyword arguments.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from jax import Array
+from jaxtyping import Float, Int, Key, Real, Shaped
+
+Keys = Key[Array, ""] | Key[Array, " b"]
+Time = Real[Array, ""] | Real[Array, " b"] | float | int
+Times = Float[Array, " b"]
+State = Float[Array, "b *d"]
+Cond = Mapping[str, Shaped[Array, "b ..."]]
+Params = Any
+
+NO_COND: Cond = MappingProxyType({})
+
+
+class Network(Protocol):
+  """Any callable `(x: [b, *d], t: [b], **cond) -> [b, *d]`: linen, nnx, equinox or a plain function."""
+
+  def __call__(self, x: Array, t: Array, /, **cond: Array) -> Array: ...
+
+
+class ScoreFn(Protocol):
+  """`(x: [b, *d], t: [b], **cond) -> [b, *d]`, the gradient of log p_t at x."""
+
+  def __call__(self, x: Array, t: Array, /, **cond: Array) -> Array: ...
+
+
+class Status(NamedTuple):
+  """How a solve went, example by example; `jaxdiff.raise_if_failed` turns it into an error on the host.
+
+  Attributes:
+    code: 0 where all is well, else one of the codes of `jaxdiff.status`.
+    accepted: steps taken.
+    rejected: steps tried and refused by the error control.
+  """
+
+  code: Int[Array, " b"]
+  accepted: Int[Array, " b"]
+  rejected: Int[Array, " b"]
+
+
+class Sample(NamedTuple):
+  """What a sampler returns.
+
+  Attributes:
+    x: the samples.
+    nfe: network evaluations spent on each example.
+    path: the states at the nodes of the time grid, from the prior to the sample, or None where it was not asked for.
+    status: how the solve went.
+  """
+
+  x: Float[Array, "b *d"]
+  nfe: Int[Array, " b"]
+  path: Float[Array, "n b *d"] | None
+  status: Status
+
+
+class LogProb(NamedTuple):
+  """What a log-density returns.
+
+  Attributes:
+    value: log p(x), in nats.
+    latent: where the flow carries x at the prior's end.
+    nfe: network evaluations (each with its Jacobian-vector products) spent on each example.
+    status: how the solve went.
+    standard_error: of `value`, over the probes of the trace estimator: 0 for the exact trace, NaN for one probe.
+  """
+
+  value: Float[Array, " b"]
+  latent: Float[Array, "b *d"]
+  nfe: Int[Array, " b"]
+  status: Status
+  standard_error: Float[Array, " b"]

@@ -1,0 +1,92 @@
+"""Closed-form answers: data whose density, score, denoiser and probability flow are known under every process."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxdiff as jd
+
+SDES = {
+  "vp": jd.VP(),
+  "subvp": jd.SubVP(),
+  "cosine": jd.CosineVP(),
+  "ve": jd.VE(sigma_min=0.01, sigma_max=50.0),
+  "edm": jd.EDM(sigma_max=80.0),
+}
+PREDICTIONS = {
+  "noise": jd.predictions.noise(),
+  "data": jd.predictions.data(),
+  "velocity": jd.predictions.velocity(),
+  "score": jd.predictions.score(),
+  "edm": jd.predictions.edm(0.7),
+}
+
+
+@dataclass(frozen=True)
+class Gaussian:
+  """Data N(mean, diag(std^2)) in d dimensions, of any type JAX is set to."""
+
+  mean: np.ndarray
+  std: np.ndarray
+
+  def moments(self, sde, t) -> tuple[Array, Array]:
+    """Mean and variance of x_t, each [b, d]."""
+    alpha, sigma = (v[..., None] for v in sde.marginal(t))
+    return alpha * jnp.asarray(self.mean), alpha**2 * jnp.asarray(self.std) ** 2 + sigma**2
+
+  def sample(self, key, count: int) -> Array:
+    return jnp.asarray(self.mean) + jnp.asarray(self.std) * jax.random.normal(key, (count, len(self.mean)))
+
+  def log_prob(self, x, sde, t) -> Array:
+    mean, variance = self.moments(sde, jnp.broadcast_to(t, x.shape[:1]))
+    return -0.5 * jnp.sum((x - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance), axis=1)
+
+  def score(self, sde):
+    def score(x, t):
+      mean, variance = self.moments(sde, t)
+      return (mean - x) / variance
+
+    return score
+
+  def flow(self, sde, x, start, end) -> Array:
+    """Where the probability flow carries x from time `start` to time `end`: it keeps every standardized coordinate."""
+    m0, v0 = self.moments(sde, jnp.broadcast_to(start, x.shape[:1]))
+    m1, v1 = self.moments(sde, jnp.broadcast_to(end, x.shape[:1]))
+    return m1 + jnp.sqrt(v1 / v0) * (x - m0)
+
+
+@dataclass(frozen=True)
+class Mixture:
+  """Data sum_k w_k N(mean_k, std^2 I)."""
+
+  weights: np.ndarray
+  means: np.ndarray
+  std: float
+
+  def sample(self, key, count: int) -> Array:
+    pick, noise = jax.random.split(key)
+    component = jax.random.choice(pick, len(self.weights), (count,), p=jnp.asarray(self.weights))
+    centers = jnp.asarray(self.means)[component]
+    return centers + self.std * jax.random.normal(noise, centers.shape, centers.dtype)
+
+  def log_prob(self, x, sde, t) -> Array:
+    alpha, sigma = (v[:, None] for v in sde.marginal(jnp.broadcast_to(t, x.shape[:1])))
+    variance = alpha**2 * self.std**2 + sigma**2
+    away = x[:, None] - alpha[..., None] * jnp.asarray(self.means)[None]
+    d = x.shape[1]
+    each = -0.5 * jnp.sum(away**2, axis=-1) / variance - 0.5 * d * jnp.log(2 * jnp.pi * variance)
+    return jax.nn.logsumexp(each + jnp.log(jnp.asarray(self.weights))[None], axis=1)
+
+  def score(self, sde):
+    return lambda x, t: jax.grad(lambda y: jnp.sum(self.log_prob(y, sde, t)))(x)
+
+
+def gaussian() -> Gaussian:
+  return Gaussian(np.array([1.0, -0.5, 0.2]), np.array([0.5, 1.0, 0.05]))
+
+
+def mixture() -> Mixture:
+  return Mixture(np.array([0.3, 0.5, 0.2]), np.array([[1.0, 1.0], [-1.0, 0.5], [0.0, -1.2]]), 0.2)
