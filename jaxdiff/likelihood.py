@@ -21,14 +21,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from jaxdiff import divergence as divergences
 from jaxdiff import flow, keys
 from jaxdiff import status as codes
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, ScoreFn, State, Status
+from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, State, Status
 
 
 class BitsPerDim(NamedTuple):
@@ -52,7 +52,7 @@ def log_prob(
   divergence: divergences.Divergence = divergences.hutchinson(probes=1),
   rtol: float = 1e-5,
   atol: float = 1e-5,
-  t0: float | Array | None = None,
+  t0: Scalar | None = None,
   prior_log_prob: Callable[[State], Float[Array, " b"]] | None = None,
   max_steps: int = flow.MAX_STEPS,
 ) -> Callable[..., LogProb]:
@@ -116,7 +116,7 @@ def _check_levels(levels: int, data_range: tuple[float, float]) -> None:
 
 
 def dequantize(
-  key: Keys, x: Int[Array, "b *d"], levels: int, data_range: tuple[float, float] = (-1.0, 1.0)
+  key: Keys, x: Integer[Array, "b *d"], levels: int, data_range: tuple[float, float] = (-1.0, 1.0)
 ) -> Float[Array, "b *d"]:
   """Uniform dequantization: low + (high - low) (x + u) / levels, u uniform in [0, 1).
 
@@ -179,7 +179,7 @@ def bits_per_dim(
   """
   _check_levels(levels, data_range)
 
-  def fn(key: Keys, x: Int[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:
+  def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:
     dequantize_key, probe_key = keys.split(keys.per_example(key, len(x)))
     result = log_prob(probe_key, dequantize(dequantize_key, x, levels, data_range), score, cond)
     dimension = math.prod(x.shape[1:])

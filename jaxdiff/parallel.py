@@ -1,8 +1,9 @@
 """Data parallelism over the devices of this process: a mesh, two shardings and two launchers.
 
-Parameters are replicated, examples are split along their leading axis. A train step is one global program (`jit_train_step`: `jax.jit`
-over the mesh, XLA inserts the all-reduce); samplers and likelihoods are independent per example and may loop adaptively, so every device runs
-its own program on its own examples (`shard_examples`: `jax.shard_map`). Nothing here knows what is trained or sampled.
+Parameters are replicated, examples are split along their leading axis. A train step is one global program
+(`jit_train_step`: `jax.jit` over the mesh, XLA inserts the all-reduce); samplers and likelihoods are independent per
+example and may loop adaptively, so every device runs its own program on its own examples (`shard_examples`:
+`jax.shard_map`). Nothing here knows what is trained or sampled.
 
 Example:
   >>> import jax.numpy as jnp, numpy as np
@@ -79,8 +80,8 @@ def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:
 def jit_train_step(train_step: Callable, mesh: Mesh) -> Callable:
   """Compiles `train_step(state, batch, index) -> (state, metrics)` for `mesh`.
 
-  The state and the metrics are replicated, batch and index are split along their leading axis. The state is donated: its arrays must not
-  be used after the call.
+  The state and the metrics are replicated, batch and index are split along their leading axis. The state is donated:
+  its arrays must not be used after the call.
 
   Args:
     train_step: a pure function, e.g. from `jaxdiff.training.make_train_step`.
@@ -96,11 +97,12 @@ def jit_train_step(train_step: Callable, mesh: Mesh) -> Callable:
 def shard_examples(fn: Callable, mesh: Mesh) -> Callable:
   """Runs a per-example function on every device's own examples, without communication.
 
-  Every device loops on its own, so that an adaptive solve ends on each device when that device's examples are done. The per-example results
-  do not depend on the number of devices if the keys are per example (`jaxdiff.example_keys`).
+  Every device loops on its own, so that an adaptive solve ends on each device when that device's examples are done.
+  The per-example results do not depend on the number of devices if the keys are per example (`jaxdiff.example_keys`).
 
   Args:
-    fn: `fn(params, *examples) -> out`: `examples` are pytrees of arrays [b, ...] (keys, x, cond, ...), `out` is a pytree of arrays [b, ...].
+    fn: `fn(params, *examples) -> out`: `examples` are pytrees of arrays [b, ...] (keys, x, cond, ...), `out` is a
+      pytree of arrays [b, ...].
     mesh: a mesh from `make_mesh`.
 
   Returns:
@@ -110,7 +112,9 @@ def shard_examples(fn: Callable, mesh: Mesh) -> Callable:
     ValueError: (when called) a leading size differs or is not divisible by the number of devices.
 
   Example:
-    >>> draw = shard_examples(lambda params, keys: jax.vmap(jax.random.normal)(keys) + params, make_mesh(jax.local_devices()[:1]))
+    >>> draw = shard_examples(
+    ...   lambda params, keys: jax.vmap(jax.random.normal)(keys) + params, make_mesh(jax.local_devices()[:1])
+    ... )
     >>> jax.jit(draw)(1.0, jax.random.split(jax.random.key(0), 4)).shape
     (4,)
   """
@@ -134,5 +138,5 @@ def _check_divisible(mesh: Mesh, examples: PyTree, name: str) -> None:
   if size == 0 or size % devices:
     nearest = max(devices, devices * round(size / devices))
     raise ValueError(
-      f"{name}: {size} examples cannot be split evenly over {devices} devices; the nearest valid batch size is {nearest}"
+      f"{name}: {size} examples cannot be split over {devices} devices; the nearest valid batch size is {nearest}"
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff.typing import Time
+from jaxdiff.typing import Scalar, Time
 
 SAMPLING_NOISE_TO_SIGNAL = 2e-3
 TRAINING_NOISE_TO_SIGNAL = 1e-3
@@ -22,25 +22,27 @@ TRAINING_NOISE_TO_SIGNAL = 1e-3
 def float_time(t: Time) -> Float[Array, "..."]:
   """Time as an array of float32, or float64 where it comes so; half precision is no type for a time."""
   t = jnp.asarray(t)
-  return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+  if not jnp.issubdtype(t.dtype, jnp.floating):
+    return t.astype(jnp.result_type(float))
+  return t if t.dtype == jnp.float64 else t.astype(jnp.float32)
 
 
-def linear_beta(t: Float[Array, "..."], beta_min: float, beta_max: float) -> Float[Array, "..."]:
+def linear_beta(t: Float[Array, "..."], beta_min: Scalar, beta_max: Scalar) -> Float[Array, "..."]:
   """beta(t), the rate of noising per unit time."""
   return beta_min + t * (beta_max - beta_min)
 
 
-def linear_beta_integral(t: Float[Array, "..."], beta_min: float, beta_max: float) -> Float[Array, "..."]:
+def linear_beta_integral(t: Float[Array, "..."], beta_min: Scalar, beta_max: Scalar) -> Float[Array, "..."]:
   """B(t), the integral of beta from 0 to t."""
   return t * (beta_min + 0.5 * t * (beta_max - beta_min))
 
 
-def linear_beta_time(integral: Float[Array, "..."], beta_min: float, beta_max: float) -> Float[Array, "..."]:
+def linear_beta_time(integral: Float[Array, "..."], beta_min: Scalar, beta_max: Scalar) -> Float[Array, "..."]:
   """The time with B(t) = integral, by the root that loses no digits near 0."""
   return 2 * integral / (beta_min + jnp.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * integral))
 
 
-def cosine_angle(log_snr: Float[Array, "..."]) -> Float[Array, "..."]:
+def cosine_angle(log_snr: Time) -> Float[Array, "..."]:
   """The angle with alpha = cos, sigma = sin at this log-SNR."""
   return jnp.arctan(jnp.exp(-0.5 * log_snr))
 
@@ -49,7 +51,7 @@ def _is_number(value: Any) -> bool:
   return not isinstance(value, jax.core.Tracer)
 
 
-def start_time(sde: Any, t0: float | Array | None, noise_to_signal: float) -> Float[Array, ""]:
+def start_time(sde: Any, t0: Scalar | None, noise_to_signal: float) -> Float[Array, ""]:
   """The smallest time of a loss, a sampler or a likelihood.
 
   Args:
@@ -81,7 +83,7 @@ def time_grid(
   sde: Any,
   steps: int,
   kind: Literal["log_snr", "uniform", "karras"] = "log_snr",
-  t0: float | Array | None = None,
+  t0: Scalar | None = None,
   rho: float = 7.0,
 ) -> Float[Array, " {steps}+1"]:
   """Times from the prior to the data, where a sampler steps.

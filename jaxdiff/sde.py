@@ -19,7 +19,7 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ from jaxtyping import Float
 
 from jaxdiff import keys, schedules
 from jaxdiff.schedules import float_time
-from jaxdiff.typing import Keys, ScoreFn, State, Time
+from jaxdiff.typing import Keys, Scalar, ScoreFn, State, Time
 
 
+@runtime_checkable
 class SDE(Protocol):
   """A forward process dx = f(x, t) dt + G(t) dw."""
 
-  t1: float
+  t1: Scalar
 
   def drift(self, x: State, t: Time) -> State:
     """f(x, t), `[b, *d]`."""
@@ -53,6 +54,7 @@ class SDE(Protocol):
     ...
 
 
+@runtime_checkable
 class ScalarSDE(SDE, Protocol):
   """A process with x_t | x_0 ~ N(alpha_t x_0, sigma_t^2 I)."""
 
@@ -108,7 +110,7 @@ def perturb(key: Keys, x0: State, t: Time, sde: ScalarSDE) -> tuple[State, State
   return expand(alpha, x0) * x0 + expand(sigma, x0) * noise, noise
 
 
-def reverse(sde: SDE, score: ScoreFn, eta: float = 1.0) -> tuple[Callable[..., State], Callable[..., State]]:
+def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., State], Callable[..., State]]:
   """The process run backwards: f - (1 + eta^2) / 2 G G^T score, with noise eta G.
 
   Every eta gives the same marginals: 1 the reverse SDE, 0 the probability-flow ODE.
@@ -161,8 +163,8 @@ def _wide_prior_log_prob(sde: "VE | EDM", z: State) -> Float[Array, " b"]:
 class VP:
   """Variance preserving, beta linear in time: the continuous limit of DDPM."""
 
-  beta_min: float = 0.1
-  beta_max: float = 20.0
+  beta_min: Scalar = 0.1
+  beta_max: Scalar = 20.0
 
   t1 = 1.0
   diffuse = _diffuse
@@ -187,8 +189,8 @@ class VP:
 class SubVP:
   """VP with less noise at every time: marginal variance (1 - exp(-B))^2, never above VP's."""
 
-  beta_min: float = 0.1
-  beta_max: float = 20.0
+  beta_min: Scalar = 0.1
+  beta_max: Scalar = 20.0
 
   t1 = 1.0
   diffuse = _diffuse
@@ -200,7 +202,9 @@ class SubVP:
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     t = float_time(t)
     integral = schedules.linear_beta_integral(t, self.beta_min, self.beta_max)
-    return jnp.sqrt(schedules.linear_beta(t, self.beta_min, self.beta_max) * -jnp.expm1(-2 * integral))
+    # 1 - exp(-2 B) = (1 - exp(-B)) (1 + exp(-B)): one expm1, of the argument that `marginal` has.
+    spread = -jnp.expm1(-integral) * (1 + jnp.exp(-integral))
+    return jnp.sqrt(schedules.linear_beta(t, self.beta_min, self.beta_max) * spread)
 
   def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     integral = schedules.linear_beta_integral(float_time(t), self.beta_min, self.beta_max)
@@ -217,7 +221,7 @@ class SubVP:
 class CosineVP:
   """Variance preserving with alpha = cos(theta t); theta is such that log-SNR ends at `log_snr_min`."""
 
-  log_snr_min: float = -10.0
+  log_snr_min: Scalar = -10.0
 
   t1 = 1.0
   diffuse = _diffuse
@@ -246,8 +250,8 @@ class CosineVP:
 class VE:
   """Variance exploding, sigma geometric in time: the continuous limit of SMLD. At t = 0 sigma is sigma_min, not 0."""
 
-  sigma_min: float = 0.01
-  sigma_max: float = 50.0
+  sigma_min: Scalar = 0.01
+  sigma_max: Scalar = 50.0
 
   t1 = 1.0
   diffuse = _diffuse
@@ -276,13 +280,13 @@ class VE:
 class EDM:
   """Time is the noise level itself: sigma(t) = t, up to sigma_max."""
 
-  sigma_max: float = 80.0
+  sigma_max: Scalar = 80.0
 
   diffuse = _diffuse
   prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
 
   @property
-  def t1(self) -> float:
+  def t1(self) -> Scalar:
     return self.sigma_max
 
   def drift(self, x: State, t: Time) -> State:

@@ -6,11 +6,12 @@ Shapes: `x: [b, *d]` with a leading batch axis, `t`: a scalar or `[b]`. Time run
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int, Key, Real, Shaped
 
+Scalar = float | int | Array
 Keys = Key[Array, ""] | Key[Array, " b"]
 Time = Real[Array, ""] | Real[Array, " b"] | float | int
 Times = Float[Array, " b"]
@@ -21,12 +22,14 @@ Params = Any
 NO_COND: Cond = MappingProxyType({})
 
 
+@runtime_checkable
 class Network(Protocol):
   """Any callable `(x: [b, *d], t: [b], **cond) -> [b, *d]`: linen, nnx, equinox or a plain function."""
 
   def __call__(self, x: Array, t: Array, /, **cond: Array) -> Array: ...
 
 
+@runtime_checkable
 class ScoreFn(Protocol):
   """`(x: [b, *d], t: [b], **cond) -> [b, *d]`, the gradient of log p_t at x."""
 

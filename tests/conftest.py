@@ -7,12 +7,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-install_import_hook("jaxdiff", "beartype.beartype")
+jaxtyping.install_import_hook("jaxdiff", "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +29,11 @@ def _strict(request):
 def x64():
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def untyped():
+  """As users run it: without the type hook, which would catch wrong input before our own messages."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)

@@ -34,11 +34,13 @@ class Gaussian:
 
   def moments(self, sde, t) -> tuple[Array, Array]:
     """Mean and variance of x_t, each [b, d]."""
-    alpha, sigma = (v[..., None] for v in sde.marginal(t))
-    return alpha * jnp.asarray(self.mean), alpha**2 * jnp.asarray(self.std) ** 2 + sigma**2
+    alpha, sigma = (v[:, None] for v in sde.marginal(t))
+    mean, std = (jnp.asarray(v, alpha.dtype)[None] for v in (self.mean, self.std))
+    return alpha * mean, alpha**2 * std**2 + sigma**2
 
   def sample(self, key, count: int) -> Array:
-    return jnp.asarray(self.mean) + jnp.asarray(self.std) * jax.random.normal(key, (count, len(self.mean)))
+    noise = jax.random.normal(key, (count, len(self.mean)))
+    return jnp.asarray(self.mean, noise.dtype)[None] + jnp.asarray(self.std, noise.dtype)[None] * noise
 
   def log_prob(self, x, sde, t) -> Array:
     mean, variance = self.moments(sde, jnp.broadcast_to(t, x.shape[:1]))
@@ -68,17 +70,16 @@ class Mixture:
 
   def sample(self, key, count: int) -> Array:
     pick, noise = jax.random.split(key)
-    component = jax.random.choice(pick, len(self.weights), (count,), p=jnp.asarray(self.weights))
+    component = jax.random.categorical(pick, jnp.log(jnp.asarray(self.weights)), shape=(count,))
     centers = jnp.asarray(self.means)[component]
     return centers + self.std * jax.random.normal(noise, centers.shape, centers.dtype)
 
   def log_prob(self, x, sde, t) -> Array:
     alpha, sigma = (v[:, None] for v in sde.marginal(jnp.broadcast_to(t, x.shape[:1])))
     variance = alpha**2 * self.std**2 + sigma**2
-    away = x[:, None] - alpha[..., None] * jnp.asarray(self.means)[None]
-    d = x.shape[1]
-    each = -0.5 * jnp.sum(away**2, axis=-1) / variance - 0.5 * d * jnp.log(2 * jnp.pi * variance)
-    return jax.nn.logsumexp(each + jnp.log(jnp.asarray(self.weights))[None], axis=1)
+    away = x[:, None] - alpha[..., None] * jnp.asarray(self.means, x.dtype)[None]
+    each = -0.5 * jnp.sum(away**2, axis=-1) / variance - 0.5 * x.shape[1] * jnp.log(2 * jnp.pi * variance)
+    return jax.nn.logsumexp(each + jnp.log(jnp.asarray(self.weights, x.dtype))[None], axis=1)
 
   def score(self, sde):
     return lambda x, t: jax.grad(lambda y: jnp.sum(self.log_prob(y, sde, t)))(x)

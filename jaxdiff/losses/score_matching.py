@@ -7,7 +7,7 @@ Denoising score matching over the times of a process (Vincent 2011; Song et al. 
 with eps_hat = -sigma score. Its minimizer is the score whatever the weight; see `weights` and `times`.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,9 +18,10 @@ from jaxdiff.losses import times, weights
 from jaxdiff.predictions import Prediction, call_network, noise_factor
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
 from jaxdiff.sde import ScalarSDE, expand, perturb
-from jaxdiff.typing import NO_COND, Cond, Keys, Network, State
+from jaxdiff.typing import NO_COND, Cond, Keys, Network, Scalar, State
 
 
+@runtime_checkable
 class Loss(Protocol):
   """`loss(key, x0: [b, *d], network, cond={}, u=None) -> (per-example [b], aux)`."""
 
@@ -34,7 +35,7 @@ def denoising(
   prediction: Prediction,
   weight: weights.Weight = weights.noise(),
   time: times.Times = times.uniform(),
-  t0: float | Array | None = None,
+  t0: Scalar | None = None,
 ) -> Loss:
   """Denoising score matching over the times of a process.
 

@@ -13,14 +13,14 @@ from jaxdiff import flow
 from jaxdiff.keys import per_example
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, Sample, ScoreFn, State
+from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
 
 
 def probability_flow(
   sde: ScalarSDE,
   rtol: float = 1e-5,
   atol: float = 1e-5,
-  t0: float | Array | None = None,
+  t0: Scalar | None = None,
   max_steps: int = flow.MAX_STEPS,
 ):
   """Sampler by the probability-flow ODE, each example with its own step sizes.

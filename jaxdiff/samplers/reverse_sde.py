@@ -15,10 +15,10 @@ from jaxtyping import Float
 
 from jaxdiff import keys, status
 from jaxdiff.sde import SDE, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, Sample, ScoreFn, State, Status
+from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State, Status
 
 
-def check_grid(ts: Float[Array, " n"], t1: float | Array) -> None:
+def check_grid(ts: Float[Array, " n"], t1: Scalar) -> None:
   """Refuse a grid that is not a decreasing sequence of at least two times in [0, t1]; a traced one passes."""
   if ts.ndim != 1 or len(ts) < 2:
     raise ValueError(f"ts must be [steps + 1] decreasing times, got shape {ts.shape}")
@@ -30,7 +30,7 @@ def check_grid(ts: Float[Array, " n"], t1: float | Array) -> None:
     raise ValueError(f"ts must lie in [0, t1] = [0, {t1}], got {ts[-1]} to {ts[0]}")
 
 
-def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: float = 1.0, path: bool = False):
+def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, path: bool = False):
   """Sampler by Euler-Maruyama steps of the reverse SDE.
 
   Args:
@@ -71,7 +71,7 @@ def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: float = 1.0, path: bool =
       noise = keys.normal(keys.fold_in(noise_keys, i), x.shape, x.dtype)
       x = x - h * drift(x, t, **cond) + jnp.sqrt(h) * diffuse(t, noise)
       finite = jnp.all(jnp.isfinite(x), axis=range(1, x.ndim))
-      return (x, good + (finite & (good == i))), x if path else None
+      return (x, jnp.where(finite & (good == i), good + 1, good)), x if path else None
 
     nodes = jnp.arange(steps), ts[:-1], ts[1:]
     (x, good), states = jax.lax.scan(step, (x_T, jnp.zeros(batch, jnp.arange(0).dtype)), nodes)

@@ -1,0 +1,294 @@
+"""Where examples come from: one function per kind of data, each returning a `Source`.
+
+| function | data | x | split |
+|---|---|---|---|
+| `digits` | scikit-learn's 1797 handwritten digits, in the wheel | uint8 [8, 8, 1], 17 levels | fixed permutation |
+| `toy2d` | moons, circles, ... (see `toys`) | float32 [2] | two seeds |
+| `npz` | your arrays | integers or float32 | in the file, or a fixed permutation |
+| `image_folder` | your PNG and JPEG files | uint8 [h, w, c], 256 levels | fixed permutation |
+| `tfds_source` | any prepared tfds image data set, read without TensorFlow | uint8 [h, w, c], 256 levels | tfds |
+| `from_arrays` | arrays of your program | integers or float32 | you name it |
+
+All but `tfds_source` keep the split in memory, images in one byte per value. A permutation depends on the seed and the
+number of examples only, so train and test never overlap while both stay the same.
+"""
+
+import difflib
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdiff.data.examples import (
+  SPLITS,
+  Source,
+  check_choice,
+  from_arrays,
+  split_fraction,
+  split_indices,
+  validate,
+)
+from jaxdiff.data.toys import toy2d
+
+__all__ = ["Source", "digits", "from_arrays", "image_folder", "npz", "tfds_source", "toy2d", "validate"]
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+
+
+def digits(split: str, held_out: int = 360, seed: int = 0) -> Source:
+  """Scikit-learn's handwritten digits: 1797 images of 8x8 pixels with 17 levels (0..16), and their classes.
+
+  Args:
+    split: "train" or "test".
+    held_out: number of test images.
+    seed: seed of the permutation that splits the images.
+
+  Returns:
+    uint8 [8, 8, 1] with 17 levels and an int32 label.
+
+  Raises:
+    ValueError: an unknown split, or `held_out` outside 1..1796.
+
+  Example:
+    >>> len(digits("train")), len(digits("test"))
+    (1437, 360)
+  """
+  check_choice("split", split, SPLITS)
+  from sklearn.datasets import load_digits
+
+  pixels, label = map(np.asarray, load_digits(return_X_y=True))
+  rows = split_indices(split, len(pixels), held_out, seed)
+  x = pixels[rows].reshape(-1, 8, 8, 1).astype(np.uint8)
+  return from_arrays(x, label[rows], levels=17, name="digits", split=split)
+
+
+def npz(split: str, path: str | Path, levels: int | None = None, test_fraction: float = 0.1, seed: int = 0) -> Source:
+  """Your own arrays in a `.npz` file.
+
+  The file holds either `x_train` and `x_test` (labels, if any, in `label_train` and `label_test`), or one array `x`
+  (labels in `label`), which a permutation of `seed` splits. Arrays have a leading example axis. Pickled objects are
+  refused.
+
+  Args:
+    split: "train" or "test".
+    path: the file.
+    levels: number of integer levels (256 for 8-bit images); None for continuous data.
+    test_fraction: share of test examples where the file holds one array.
+    seed: seed of that permutation.
+
+  Returns:
+    The split, in memory.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is no archive of arrays, misses `x`, or holds data that `validate` refuses.
+
+  Example:
+    >>> npz("train", "faces.npz", levels=256)  # doctest: +SKIP
+  """
+  check_choice("split", split, SPLITS)
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"path: {path} is not a file; pass an .npz file with an array x")
+  arrays = _read_npz(path)
+  whole, parts = "x" in arrays, any(f"x_{name}" in arrays for name in SPLITS)
+  missing = [f"x_{name}" for name in SPLITS if parts and f"x_{name}" not in arrays]
+  if whole == parts or missing:
+    found = ", ".join(arrays) or "nothing"
+    raise ValueError(f"path: {path} must hold either x, or x_train and x_test; it holds {found}")
+  if parts:
+    x, label = arrays[f"x_{split}"], arrays.get(f"label_{split}")
+  else:
+    x, label = arrays["x"], arrays.get("label")
+    if x.ndim == 0 or (label is not None and label.shape != x.shape[:1]):
+      raise ValueError(f"path: {path} needs x [n, ...] and label [n]; it holds {_shapes(arrays)}")
+    rows = split_fraction(split, len(x), test_fraction, seed)
+    x, label = x[rows], None if label is None else label[rows]
+  return from_arrays(x, label, levels=levels, name=f"npz/{path.name}", split=split)
+
+
+def image_folder(
+  split: str,
+  path: str | Path,
+  size: int | None = None,
+  channels: int = 3,
+  test_fraction: float = 0.1,
+  seed: int = 0,
+) -> Source:
+  """A folder of PNG and JPEG files, directly inside or in one subfolder per class.
+
+  Subfolders in alphabetical order give the labels 0, 1, ...; other files and hidden ones are passed over. Images are
+  turned as their EXIF data say and transparent pixels are laid on white. The split's images are decoded once, at the
+  start, and kept in memory.
+
+  Args:
+    split: "train" or "test".
+    path: the folder.
+    size: crop the largest central square and resize it to size x size by area averages; None keeps images as they
+      are, and then all must have one shape.
+    channels: 3 for RGB, 1 for grey (ITU-R 601 luma).
+    test_fraction: share of test images.
+    seed: seed of the permutation that splits the files, taken in the order of their paths.
+
+  Returns:
+    uint8 [h, w, channels] with 256 levels, and an int32 label where there are subfolders.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: a file cannot be read, is not an 8-bit image or has another shape (the file is named), fewer than two
+      images, or images both beside and inside the subfolders.
+
+  Example:
+    >>> image_folder("train", "photos", size=64)  # doctest: +SKIP
+  """
+  check_choice("split", split, SPLITS)
+  if channels not in (1, 3) or (size is not None and size < 1):
+    raise ValueError(f"channels, size: got {channels}, {size}; pass 1 or 3 channels and a size of at least 1 pixel")
+  files, classes = _list_images(Path(path))
+  rows = split_fraction(split, len(files), test_fraction, seed)
+  first = _read_image(files[0], size, channels)
+  x = np.empty((len(rows), *first.shape), np.uint8)
+  for i, row in enumerate(rows):
+    image = _read_image(files[row], size, channels)
+    if image.shape != first.shape:
+      raise ValueError(
+        f"path: {files[row]} has shape {image.shape} but {files[0]} has {first.shape}; pass size=... to crop and resize"
+      )
+    x[i] = image
+  label = None
+  if classes:
+    number = {name: i for i, name in enumerate(classes)}
+    label = np.array([number[files[row].parent.name] for row in rows], np.int32)
+  return from_arrays(x, label, levels=256, name=f"image_folder/{Path(path).resolve().name}", split=split)
+
+
+def tfds_source(split: str, name: str, data_dir: str | Path | None = None) -> Source:
+  """An image data set of tensorflow-datasets that was prepared as array_record, read without TensorFlow.
+
+  Nothing is downloaded. Prepare the data once with `tfds.builder(name, data_dir=..., file_format="array_record")
+  .download_and_prepare()`. Images are decoded when they are read, so this scales beyond memory.
+
+  Args:
+    split: a tfds split with optional slice, such as "train" or "train[:90%]".
+    name: tfds name with optional config and version, such as "cifar10".
+    data_dir: the tfds folder; None for `~/tensorflow_datasets`.
+
+  Returns:
+    uint8 [h, w, c] with 256 levels, and an int32 label where the data set has one. The content hash covers the tfds
+    name and version, the number of examples and the first example.
+
+  Raises:
+    FileNotFoundError: the data set is not prepared in `data_dir` as array_record.
+    ValueError: an unknown name or split, no 8-bit feature `image` of fixed shape, or fewer rows than announced.
+
+  Example:
+    >>> tfds_source("train", "cifar10", data_dir="/data/tfds")  # doctest: +SKIP
+  """
+  import tensorflow_datasets as tfds
+
+  try:
+    builder: Any = tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    known = tfds.list_builders(with_community_datasets=False)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"name: tfds knows no data set {name!r} and {data_dir} holds none{hint}") from None
+  rows = _open_tfds(builder, split, name)
+  features = dict(builder.info.features.items())
+  image, label = features.get("image"), features.get("label")
+  if image is None or image.np_dtype != np.uint8 or None in image.shape:
+    raise ValueError(f"name: {name!r} needs a uint8 feature 'image' of fixed shape; it has {features}")
+  has_label = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+  examples = TfdsExamples(rows, has_label)
+  digest = hashlib.sha256(f"{builder.info.full_name}:{split}:{len(rows)}".encode())
+  digest.update(examples[0]["x"].tobytes())
+  return Source(f"tfds/{builder.info.full_name}", examples, 256, image.shape, split, digest.hexdigest()[:16])
+
+
+class TfdsExamples:
+  """Rows of a tfds data source, decoded one by one, with `image` renamed to `x`."""
+
+  def __init__(self, rows: Any, has_label: bool):
+    self._rows = rows
+    self._has_label = has_label
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    row = self._rows[index]
+    return {"x": row["image"]} | ({"label": np.asarray(row["label"], np.int32)} if self._has_label else {})
+
+
+def _open_tfds(builder: Any, split: str, name: str) -> Any:
+  """Returns the tfds data source of the split, all rows accounted for (tfds' mock_data announces no splits)."""
+  if builder.info.splits:
+    for part in split.split("+"):
+      check_choice("split", part.partition("[")[0].strip(), builder.info.splits)
+  try:
+    rows = builder.as_data_source(split)
+  except (AssertionError, FileNotFoundError, NotImplementedError) as error:
+    raise FileNotFoundError(
+      f"name: {name!r} is not prepared as array_record in {builder.data_dir}; run tfds.builder({name!r}, data_dir=..., "
+      'file_format="array_record").download_and_prepare() or pass the data_dir that holds it'
+    ) from error
+  announced = builder.info.splits[split].num_examples if builder.info.splits else len(rows)
+  if len(rows) != announced:
+    raise ValueError(
+      f"split: {name!r} {split!r} has {len(rows)} rows where tfds announces {announced}; prepare it anew"
+    )
+  return rows
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      return {key: archive[key] for key in archive.files}
+  except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f"path: {path} cannot be read as an .npz archive of plain arrays ({error}); write it with np.savez(path, x=...)"
+    ) from error
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> str:
+  return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+
+
+def _list_images(folder: Path) -> tuple[list[Path], list[str]]:
+  """Returns the image files in the order of their paths and the class names (none without subfolders)."""
+  if not folder.is_dir():
+    raise FileNotFoundError(f"path: {folder} is not a folder; pass a folder of PNG or JPEG files")
+  files = sorted(
+    file
+    for file in (*folder.glob("*"), *folder.glob("*/*"))
+    if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
+  )
+  if len(files) < 2:
+    raise ValueError(f"path: {folder} holds {len(files)} PNG or JPEG files; training and test need at least one each")
+  inside = [file for file in files if file.parent != folder]
+  if inside and len(inside) != len(files):
+    raise ValueError(f"path: {folder} holds images both beside and inside its subfolders; keep one of the two layouts")
+  return files, sorted({file.parent.name for file in inside})
+
+
+def _read_image(file: Path, size: int | None, channels: int) -> np.ndarray:
+  from PIL import Image, ImageOps
+
+  try:
+    with Image.open(file) as opened:
+      mode, image = opened.mode, ImageOps.exif_transpose(opened)
+      image.load()
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise ValueError(f"path: {file} cannot be read as an image ({error}); repair or remove it") from error
+  if mode not in _EIGHT_BIT_MODES:
+    raise ValueError(f"path: {file} has PIL mode {mode!r}; convert it to 8-bit grey or RGB")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  image = image.convert("RGB" if channels == 3 else "L")
+  if size is not None:
+    image = ImageOps.fit(image, (size, size), method=Image.Resampling.BOX)
+  return np.asarray(image).reshape(*image.size[::-1], channels)

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff as jd
+
+MATRIX = jax.random.normal(jax.random.key(0), (5, 5))
+
+
+def linear(x):
+  return (MATRIX @ x.ravel()).reshape(x.shape)
+
+
+def test_exact_trace_of_a_linear_map_and_of_a_curved_one():
+  x = jax.random.normal(jax.random.key(1), (5,))
+  value, trace = jd.divergence.exact().estimate(linear, x, None)
+  np.testing.assert_array_equal(value, linear(x))
+  np.testing.assert_allclose(trace, [jnp.trace(MATRIX)], rtol=1e-6)
+  _, trace = jd.divergence.exact().estimate(lambda x: jnp.sin(x) * x[::-1], x, None)
+  expected = jnp.trace(jax.jacfwd(lambda x: jnp.sin(x) * x[::-1])(x))
+  np.testing.assert_allclose(trace, [expected], rtol=1e-5)
+
+
+def test_exact_trace_in_chunks():
+  """130 dimensions take three chunks of 64."""
+  x = jnp.linspace(0.1, 1.0, 130).reshape(10, 13)
+  _, trace = jd.divergence.exact().estimate(lambda x: x**3, x, None)
+  np.testing.assert_allclose(trace, [jnp.sum(3 * x**2)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("noise", "variance"),
+  [
+    ("rademacher", lambda s: 2 * (jnp.sum(s**2) - jnp.sum(jnp.diag(s) ** 2))),
+    ("gaussian", lambda s: 2 * jnp.sum(s**2)),
+  ],
+)
+@pytest.mark.parametrize("probes", [1, 3])
+def test_hutchinson_is_unbiased_with_the_known_variance(noise, variance, probes):
+  """Only the symmetric part counts; mean within 4 standard errors, variance within 15% over 4000 keys."""
+  divergence = jd.divergence.hutchinson(probes, noise)
+  x, n = jnp.zeros(5), 4000
+
+  def one(key):
+    return divergence.estimate(linear, x, divergence.draw(key, x))[1]
+
+  estimates = jax.jit(jax.vmap(one))(jd.example_keys(jax.random.key(2), 0, n))
+  assert estimates.shape == (n, probes)
+  expected = variance((MATRIX + MATRIX.T) / 2)
+  means = estimates.mean(axis=1)
+  assert abs(means.mean() - jnp.trace(MATRIX)) < 4 * np.sqrt(expected / probes / n)
+  np.testing.assert_allclose(means.var() * probes, expected, rtol=0.15)
+  if probes > 1:
+    claimed = jax.vmap(divergence.standard_error)(estimates)
+    np.testing.assert_allclose(jnp.mean(claimed**2), expected / probes, rtol=0.15)
+
+
+def test_standard_error_is_zero_for_the_exact_trace_and_unknown_for_one_probe():
+  assert jd.divergence.exact().standard_error(jnp.ones(1)) == 0
+  assert jnp.isnan(jd.divergence.hutchinson(1).standard_error(jnp.ones(1)))
+
+
+def test_bad_arguments_are_refused(untyped):
+  with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
+    jd.divergence.hutchinson(0)
+  with pytest.raises(ValueError, match="noise must be 'rademacher' or 'gaussian', got 'cauchy'"):
+    jd.divergence.hutchinson(1, "cauchy")
