@@ -11,6 +11,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jaxdiff import status
 from jaxdiff.schedules import float_time
@@ -38,6 +39,7 @@ def solve(
   rtol: float,
   atol: float,
   max_steps: int = MAX_STEPS,
+  at: Float[Array, " n"] | None = None,
 ) -> tuple[Any, Array, Status]:
   """Solve dy/dt = field(t, y) for one example, from `start` to `end` in either direction of time.
 
@@ -49,9 +51,11 @@ def solve(
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step.
     max_steps: steps, taken and refused, after which the solve gives up.
+    at: times from `start` to `end` at which the state is wanted; None for `end` alone.
 
   Returns:
-    (the state at `end`, NaN where the solve failed; number of evaluations of the field []; status with fields []).
+    (the state at `end`, or at the times `at` with a leading axis [n], NaN where the solve failed; number of evaluations
+    of the field []; status with fields []).
   """
   with jax.default_matmul_precision("highest"):
     solution = diffrax.diffeqsolve(
@@ -61,17 +65,17 @@ def solve(
       t1=float_time(end),
       dt0=None,
       y0=y0,
-      saveat=diffrax.SaveAt(t1=True),
+      saveat=diffrax.SaveAt(t1=True) if at is None else diffrax.SaveAt(ts=at),
       stepsize_controller=diffrax.PIDController(
         rtol=rtol, atol=atol, dtmin=_SMALLEST_STEP * jnp.abs(end - start), force_dtmin=False
       ),
       max_steps=max_steps,
       throw=False,
     )
-  y1 = jax.tree.map(lambda leaf: leaf[0], solution.ys)
-  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(y1)]))
+  ys = jax.tree.map(lambda leaf: leaf[0], solution.ys) if at is None else solution.ys
+  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(ys)]))
   steps, accepted = solution.stats["num_steps"], solution.stats["num_accepted_steps"]
-  unfinished = jnp.where(finite & (steps >= max_steps), status.MAX_STEPS, status.NON_FINITE)
+  unfinished = jnp.where(steps >= max_steps, status.MAX_STEPS, status.NON_FINITE)
   code = jnp.where(finite & (solution.result == diffrax.RESULTS.successful), status.SUCCESS, unfinished)
-  y1 = jax.tree.map(lambda leaf: jnp.where(code == status.SUCCESS, leaf, jnp.nan), y1)
-  return y1, _STAGES * steps + 1, Status(code, accepted, solution.stats["num_rejected_steps"])
+  ys = jax.tree.map(lambda leaf: jnp.where(code == status.SUCCESS, leaf, jnp.nan), ys)
+  return ys, _STAGES * steps + 1, Status(code, accepted, solution.stats["num_rejected_steps"])

@@ -170,6 +170,16 @@ def test_path_runs_from_the_prior_to_the_sample():
   assert jd.samplers.reverse_sde(sde, jd.time_grid(sde, 12))(jax.random.key(0), x_T, lambda x, t: -x).path is None
 
 
+def test_path_of_the_flow_is_the_exact_flow_at_every_node(x64):
+  sde, data, x_T = jd.VP(), gaussian(), jnp.ones((4, 3))
+  sample = jd.samplers.probability_flow(sde, 1e-7, 1e-7, path=True)(jax.random.key(0), x_T, data.score(sde))
+  nodes = jd.time_grid(sde, 32)
+  assert sample.path.shape == (33, 4, 3)
+  for t, state in zip(nodes, sample.path, strict=True):
+    np.testing.assert_allclose(state, data.flow(sde, x_T, sde.t1, t), atol=1e-4)
+  np.testing.assert_array_equal(sample.path[-1], sample.x)
+
+
 @pytest.mark.parametrize("make", ["reverse_sde", "probability_flow"])
 def test_condition_is_split_with_the_examples(make):
   sde = jd.VP()

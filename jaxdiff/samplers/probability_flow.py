@@ -11,9 +11,11 @@ from jax import Array
 
 from jaxdiff import flow
 from jaxdiff.keys import per_example
-from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time
+from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time, time_grid
 from jaxdiff.sde import ScalarSDE, reverse
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
+
+_PATH_STEPS = 32
 
 
 def probability_flow(
@@ -22,6 +24,7 @@ def probability_flow(
   atol: float = 1e-5,
   t0: Scalar | None = None,
   max_steps: int = flow.MAX_STEPS,
+  path: bool = False,
 ):
   """Sampler by the probability-flow ODE, each example with its own step sizes.
 
@@ -31,6 +34,7 @@ def probability_flow(
     atol: absolute tolerance of a step.
     t0: where to stop; None for the time at which sigma / alpha = 2e-3.
     max_steps: steps after which an example gives up (status 1).
+    path: whether to return the 33 states at the nodes of `time_grid(sde, 32, t0=t0)`, from x_T to the sample.
 
   Returns:
     sampler(key, x_T: [b, *d], score, cond={}) -> Sample. The flow is deterministic: key is not used.
@@ -52,12 +56,14 @@ def probability_flow(
     per_example(key, len(x_T))
     drift, _ = reverse(sde, score, eta=0.0)
     start, end = float_time(sde.t1), start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
+    nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
 
     def one(x: Array, cond: dict[str, Array]) -> tuple[Array, Array, flow.Status]:
       batched = {name: value[None] for name, value in cond.items()}
-      return flow.solve(lambda t, y: drift(y[None], t, **batched)[0], x, start, end, rtol, atol, max_steps)
+      return flow.solve(lambda t, y: drift(y[None], t, **batched)[0], x, start, end, rtol, atol, max_steps, nodes)
 
-    x, nfe, status = jax.vmap(one)(x_T, dict(cond))
-    return Sample(x, nfe, None, status)
+    out_axes = 1 if path else 0, 0, 0
+    states, nfe, status = jax.vmap(one, out_axes=out_axes)(x_T, dict(cond))
+    return Sample(states[-1], nfe, states, status) if path else Sample(states, nfe, None, status)
 
   return sampler

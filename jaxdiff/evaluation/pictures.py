@@ -1,0 +1,79 @@
+"""Pictures of a run: samples, denoising trajectories and the loss, as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from jaxdiff.data.transforms import to_uint8
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_SMALLEST = 480
+
+
+def tile(images: Float[np.ndarray, "n h w c"], columns: int) -> np.ndarray:
+  """Images in [-1, 1] as one uint8 picture with `columns` a row, a gap of one pixel between them.
+
+  Args:
+    images: `[n, h, w, c]` with c = 1 or 3.
+    columns: images a row.
+
+  Returns:
+    uint8 `[rows (h + 1) + 1, columns (w + 1) + 1, c]`, white between the images.
+  """
+  n, h, w, c = images.shape
+  rows = -(-n // columns)
+  pixels = np.asarray(to_uint8(jnp.asarray(images)))
+  canvas = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 255, np.uint8)
+  for k in range(n):
+    top, left = (k // columns) * (h + 1) + 1, (k % columns) * (w + 1) + 1
+    canvas[top : top + h, left : left + w] = pixels[k]
+  return canvas
+
+
+def save_grid(path: Path, images: Float[np.ndarray, "n h w c"], columns: int) -> None:
+  """Write images as a PNG grid, enlarged by a whole factor so that small ones can be seen."""
+  canvas = tile(images, columns)
+  factor = max(1, -(-_SMALLEST // max(canvas.shape[:2])))
+  canvas = canvas.repeat(factor, axis=0).repeat(factor, axis=1)
+  Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(path)
+
+
+def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[np.ndarray, "m 2"]) -> None:
+  """Write samples in the plane beside the data, to the same scale."""
+  low, high = np.quantile(reference, [0.0, 1.0], axis=0)
+  figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharex=True, sharey=True)
+  for axis, values, title in zip(axes, (reference, points), ("data", "samples"), strict=True):
+    axis.scatter(*values.T, s=3, alpha=0.5, linewidths=0)
+    axis.set(title=title, aspect="equal", xlim=(low[0] - 0.5, high[0] + 0.5), ylim=(low[1] - 0.5, high[1] + 0.5))
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def save_paths(path: Path, states: Float[np.ndarray, "k n 2"], reference: Float[np.ndarray, "m 2"]) -> None:
+  """Write trajectories in the plane from the prior (open circles) to the samples (dots), over the data."""
+  figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
+  axis.scatter(*reference.T, s=2, color="0.8", linewidths=0)
+  for k in range(states.shape[1]):
+    (line,) = axis.plot(*states[:, k].T, linewidth=0.8)
+    axis.plot(*states[0, k], "o", markerfacecolor="none", color=line.get_color())
+    axis.plot(*states[-1, k], "o", color=line.get_color())
+  axis.set(aspect="equal", title="from noise (open) to sample (full)")
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def save_loss(path: Path, steps: Sequence[int], loss: Sequence[float], label: str) -> None:
+  """Write the training loss over the steps."""
+  figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+  axis.plot(steps, loss, linewidth=1)
+  axis.set(xlabel="step", ylabel=label, yscale="log" if min(loss) > 0 else "linear", title="training loss")
+  axis.grid(alpha=0.3, which="both")
+  figure.savefig(path, dpi=120)
+  plt.close(figure)

@@ -1,0 +1,121 @@
+"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices, with a progress bar.
+
+Sample k and the likelihood of example k depend on their own key only: batch size and number of devices do not matter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxdiff import keys, likelihood, parallel
+from jaxdiff.data.examples import Source
+from jaxdiff.data.pipeline import eval_batches
+from jaxdiff.sde import ScalarSDE
+from jaxdiff.typing import Params, ScoreFn
+
+
+def draw(
+  score: Callable[[Params], ScoreFn],
+  params: Params,
+  sde: ScalarSDE,
+  sampler: Callable[..., Any],
+  shape: tuple[int, ...],
+  num: int,
+  batch_size: int,
+  seed: int,
+  mesh: Mesh,
+) -> dict[str, np.ndarray]:
+  """Draw `num` samples.
+
+  Args:
+    score: makes the score of parameters.
+    params: the parameters.
+    sde: the process.
+    sampler: from `jaxdiff.samplers`, without path.
+    shape: of one example.
+    num: how many samples.
+    batch_size: how many at a time, divisible by the number of devices.
+    seed: of the samples.
+    mesh: the devices.
+
+  Returns:
+    Arrays `x [num, *shape]`, `nfe [num]`, `code [num]` (0 where the solve succeeded) and `accepted [num]`.
+  """
+
+  def one_batch(params: Params, example: jax.Array) -> dict[str, jax.Array]:
+    prior_key, path_key = keys.split(example)
+    sample = sampler(path_key, sde.prior_sample(prior_key, (len(example), *shape)), score(params))
+    return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
+
+  run = jax.jit(parallel.shard_examples(one_batch, mesh))
+  parts = []
+  with tqdm(total=num, unit="sample", desc="sampling") as bar:
+    for start in range(0, num, batch_size):
+      parts.append(jax.device_get(run(params, keys.example_keys(jax.random.key(seed), start, batch_size))))
+      bar.update(min(batch_size, num - start))
+  return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
+
+
+def trajectories(
+  score: ScoreFn, sde: ScalarSDE, sampler: Callable[..., Any], shape: tuple[int, ...], num: int, seed: int
+) -> np.ndarray:
+  """The paths `[n, num, *shape]` of the first `num` samples of `draw`, by the same sampler with its path."""
+
+  @jax.jit
+  def run(score: ScoreFn) -> jax.Array:
+    prior_key, path_key = keys.split(keys.example_keys(jax.random.key(seed), 0, num))
+    return sampler(path_key, sde.prior_sample(prior_key, (num, *shape)), score).path
+
+  return np.asarray(run(score))
+
+
+def log_likelihoods(
+  score: Callable[[Params], ScoreFn],
+  params: Params,
+  log_prob: Callable[..., Any],
+  source: Source,
+  limit: int | None,
+  batch_size: int,
+  seed: int,
+  mesh: Mesh,
+) -> dict[str, np.ndarray]:
+  """Evaluate every example of a source, or the first `limit`.
+
+  Args:
+    score: makes the score of parameters.
+    params: the parameters.
+    log_prob: from `jaxdiff.likelihood.log_prob`.
+    source: the examples; integers of `source.levels` levels are dequantized, floats taken as they are.
+    limit: how many examples, None for all.
+    batch_size: how many at a time, divisible by the number of devices.
+    seed: of dequantization and probes.
+    mesh: the devices.
+
+  Returns:
+    Arrays `[n]`: `value` (bits per dimension for integers, else log-density in nats), `standard_error` (over probes),
+    `nfe`, `code` (0 where the solve succeeded) and `accepted`.
+  """
+  levels, count = source.levels, min(len(source), limit or len(source))
+  evaluate = log_prob if levels is None else likelihood.bits_per_dim(log_prob, levels)
+
+  def one_batch(params: Params, example: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
+    result = evaluate(example, x, score(params))
+    status = {"code": result.status.code, "accepted": result.status.accepted}
+    return {"value": result.value, "standard_error": result.standard_error, "nfe": result.nfe, **status}
+
+  run = jax.jit(parallel.shard_examples(one_batch, mesh))
+  parts, start = [], 0
+  with tqdm(total=count, unit="example", desc="likelihood") as bar:
+    for batch, valid in eval_batches(source, batch_size):
+      if start >= count:
+        break
+      example = keys.example_keys(jax.random.key(seed), start, batch_size)
+      part = jax.device_get(run(params, example, *jax.device_put([batch["x"]], parallel.batch_sharding(mesh))))
+      parts.append({name: value[:valid] for name, value in part.items()})
+      start += valid
+      bar.update(min(valid, count - bar.n))
+  return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}

@@ -1,0 +1,7 @@
+"""Score networks in flax.linen.
+
+jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships.
+"""
+
+from jaxdiff.models.mlp import MLP as MLP
+from jaxdiff.models.unet import UNet as UNet

@@ -1,0 +1,21 @@
+"""Training: state, step, optimizer, checkpoints and the loop; one user of the library among others."""
+
+from jaxdiff.training.checkpoint import CheckpointError, Checkpoints, FingerprintError, load_params
+from jaxdiff.training.loop import NonFiniteError, train
+from jaxdiff.training.optimizer import make_optimizer
+from jaxdiff.training.state import TrainState, abstract_state, init_state
+from jaxdiff.training.step import make_train_step
+
+__all__ = [
+  "CheckpointError",
+  "Checkpoints",
+  "FingerprintError",
+  "NonFiniteError",
+  "TrainState",
+  "abstract_state",
+  "init_state",
+  "load_params",
+  "make_optimizer",
+  "make_train_step",
+  "train",
+]

@@ -1,0 +1,59 @@
+"""Progress on the terminal: a tqdm bar, or plain lines at intervals where the output is a file or a pipe."""
+
+import sys
+import time
+from io import TextIOBase
+
+from tqdm import tqdm
+
+
+class Progress:
+  """Shows step, loss, steps per second and time left.
+
+  Args:
+    total: the last step.
+    start: the step that training continues from.
+    out: the stream to write to; standard error by default.
+    every: seconds between two plain lines where `out` is no terminal; the first report and the last step always print.
+
+  Example:
+    >>> with Progress(total=100, start=0, out=sys.stdout) as progress:
+    ...   progress.report(100, {"loss": 0.25})  # doctest: +ELLIPSIS
+    step 100/100, loss 0.25, ... steps/s, 00:00 left
+  """
+
+  def __init__(self, total: int, start: int, out: TextIOBase | None = None, every: float = 10.0):
+    self._out = sys.stderr if out is None else out
+    self._total, self._start, self._every = total, start, every
+    self._begin, self._printed = time.monotonic(), -float("inf")
+    bar = self._out.isatty()
+    self._bar = tqdm(total=total, initial=start, file=self._out, unit="step", dynamic_ncols=True) if bar else None
+
+  def advance(self) -> None:
+    """Counts one more step."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def report(self, step: int, values: dict[str, float]) -> None:
+    """Shows the newest values; `values["loss"]` must be there."""
+    if self._bar is not None:
+      self._bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
+      return
+    now = time.monotonic()
+    if step < self._total and now - self._printed < self._every:
+      return
+    self._printed = now
+    speed = (step - self._start) / max(now - self._begin, 1e-9)
+    left = tqdm.format_interval((self._total - step) / max(speed, 1e-9))
+    print(
+      f"step {step}/{self._total}, loss {values['loss']:.4g}, {speed:.3g} steps/s, {left} left",
+      file=self._out,
+      flush=True,
+    )
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._bar is not None:
+      self._bar.close()

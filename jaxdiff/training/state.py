@@ -1,0 +1,82 @@
+"""The train state: what a step carries, arrays only, no functions.
+
+`step` counts finished updates; together with `key` it determines all noise of the next step, so a restored state
+continues exactly.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, Key, PyTree
+
+
+class TrainState(NamedTuple):
+  """What `train_step` carries from step to step.
+
+  Attributes:
+    step: number of updates done, int32 scalar.
+    params: the parameters being trained, any pytree of arrays (several groups are one pytree).
+    ema_params: their exponential moving average, the same pytree in float32 or wider: the parameters to sample with.
+    opt_state: the Optax state.
+    key: the typed key of the run; never changes.
+  """
+
+  step: Int[Array, ""]
+  params: PyTree
+  ema_params: PyTree
+  opt_state: PyTree
+  key: Key[Array, ""]
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+  """Makes the state before the first step; the average starts at the parameters.
+
+  All arrays are copies, so that donating the state leaves `params` and `key` usable.
+
+  Args:
+    params: a pytree of float arrays.
+    optimizer: the Optax transformation given to `make_train_step`.
+    key: one typed threefry key, `jax.random.key(seed)`.
+
+  Returns:
+    The state at step 0; place it with `jaxdiff.parallel.replicate`.
+
+  Raises:
+    TypeError: `key` is not one typed threefry key, or a parameter is not a float array.
+
+  Example:
+    >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0))
+    >>> int(state.step), state.ema_params["w"].dtype
+    (0, dtype('float32'))
+  """
+  if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) or key.shape != ():
+    raise TypeError(f"key: one typed key is needed, got {key!r}; make it with jax.random.key(seed)")
+  if str(jax.random.key_impl(key)) != "threefry2x32":
+    raise TypeError(f"key: only threefry keys give the same noise on every layout, got {jax.random.key_impl(key)}")
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      raise TypeError(f"params{jax.tree_util.keystr(path)}: parameters must be floats, got {jnp.result_type(leaf)}")
+  params = jax.tree.map(jnp.array, params)
+  ema_params = jax.tree.map(lambda p: jnp.array(p, wide(p.dtype)), params)
+  with jax.numpy_dtype_promotion("standard"):
+    opt_state = optimizer.init(params)
+  return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, jnp.copy(key))
+
+
+def wide(dtype: Any) -> type:
+  """The dtype to accumulate `dtype` in: float64 for float64, else float32."""
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def abstract_state(state: PyTree) -> PyTree:
+  """Shapes, dtypes and shardings of `state`, what restoring a checkpoint onto these devices needs."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@jax.jit
+def all_finite(state: TrainState) -> Bool[Array, ""]:
+  """Whether no parameter and no averaged parameter is infinite or NaN."""
+  leaves = jax.tree.leaves((state.params, state.ema_params))
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -1,0 +1,367 @@
+"""The train step against hand-written recursions, its randomness, the optimizer, and the loop."""
+
+import io
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdiff.parallel import jit_train_step, make_mesh, replicate
+from jaxdiff.training import (
+  Checkpoints,
+  NonFiniteError,
+  init_state,
+  load_params,
+  make_optimizer,
+  make_train_step,
+  train,
+)
+from jaxdiff.training.metrics import MetricsWriter, read_metrics
+from jaxdiff.training.progress import Progress
+from jaxdiff.training.step import noise_keys, stratified_uniforms
+
+BATCH = 8
+INDEX = np.arange(BATCH, dtype=np.int32)
+
+
+def quadratic(params, keys, batch):
+  """Mean over examples of (w - x)^2: the gradient is 2 (w - mean x)."""
+  return (params["w"] - batch["x"]) ** 2, {"x": batch["x"]}
+
+
+def noisy(params, keys, batch):
+  noise = jax.vmap(jax.random.normal)(keys)
+  return (params["w"] * batch["u"] - batch["x"] - noise) ** 2, {}
+
+
+def test_sgd_and_average_follow_the_numpy_recursion():
+  rate, decay, steps = 0.3, 0.35, 12
+  rng = np.random.default_rng(0)
+  batches = rng.normal(size=(steps, BATCH)).astype(np.float32)
+  optimizer = optax.sgd(rate)
+  step = jax.jit(make_train_step(quadratic, optimizer, decay, BATCH))
+  state = init_state({"w": jnp.float32(2.0)}, optimizer, jax.random.key(0))
+  w = ema = np.float64(2.0)
+  decays = []
+  for s, x in enumerate(batches):
+    state, metrics = step(state, {"x": x}, INDEX)
+    np.testing.assert_allclose(metrics["loss"], np.mean((w - x) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["x"], np.mean(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], abs(2 * (w - np.mean(x))), rtol=1e-5, atol=1e-6)
+    w = w - rate * 2 * (w - np.mean(x))
+    decays.append(min(decay, (1 + s) / (10 + s)))
+    ema = decays[-1] * ema + (1 - decays[-1]) * w
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(state.ema_params["w"], ema, rtol=1e-5)
+  assert decays[0] == 0.1 and decays[-1] == decay  # noqa: PT018
+  assert int(state.step) == steps
+
+
+def test_average_of_bfloat16_parameters_is_float32():
+  optimizer = optax.sgd(0.0)
+  state = init_state({"w": jnp.ones((), jnp.bfloat16)}, optimizer, jax.random.key(0))
+  with jax.numpy_dtype_promotion("standard"):
+    state, _ = make_train_step(quadratic, optimizer, 0.999, BATCH)(state, {"x": jnp.zeros(BATCH)}, jnp.asarray(INDEX))
+  assert state.params["w"].dtype == jnp.bfloat16
+  assert state.ema_params["w"].dtype == jnp.float32
+
+
+def test_init_state_copies_what_it_is_given():
+  params, key = {"w": jnp.ones(())}, jax.random.key(0)
+  optimizer = optax.adam(1e-3)
+  step = jax.jit(make_train_step(quadratic, optimizer, 0.9, BATCH), donate_argnums=0)
+  step(init_state(params, optimizer, key), {"x": np.zeros(BATCH, np.float32)}, INDEX)
+  assert float(params["w"]) == 1.0
+  jax.random.uniform(key)
+
+
+@pytest.mark.parametrize("global_batch", [8, 12, 128])
+def test_one_uniform_in_every_cell(global_batch):
+  index = jnp.arange(global_batch)
+  firsts = []
+  for step in range(5):
+    u = np.asarray(stratified_uniforms(jax.random.key(0), jnp.int32(step), index, global_batch))
+    assert u.dtype == np.float32
+    assert sorted(np.floor(u * global_batch)) == list(range(global_batch))
+    np.testing.assert_allclose(np.diff(np.sort(u)), 1 / global_batch, atol=1e-6)
+    firsts.append(float(u[0]))
+  assert len(set(firsts)) == 5
+
+
+def test_uniforms_are_uniform_and_independent_of_the_noise():
+  # 4000 steps: the mean of u has standard error 1 / sqrt(12 * 4000) = 0.0046, the correlation 1 / sqrt(4000) = 0.016.
+  key, steps, index = jax.random.key(1), jnp.arange(4000), jnp.zeros((1,), jnp.int32)
+  u = jax.vmap(lambda step: stratified_uniforms(key, step, index, 8)[0])(steps)
+  z = jax.vmap(lambda step: jax.random.uniform(noise_keys(key, step, index)[0]))(steps)
+  assert abs(float(u.mean()) - 0.5) < 4 * 0.0046
+  assert abs(np.corrcoef(u, z)[0, 1]) < 4 * 0.016
+
+
+def test_noise_keys_are_the_documented_ones():
+  key, step = jax.random.key(4), jnp.int32(9)
+  keys = noise_keys(key, step, jnp.array([3, 700_000], jnp.int32))
+  for got, i in zip(keys, (3, 700_000), strict=True):
+    want = jax.random.fold_in(jax.random.fold_in(key, 9), i)
+    np.testing.assert_array_equal(jax.random.key_data(got), jax.random.key_data(want))
+
+
+def test_permuting_examples_with_their_indices_changes_nothing():
+  optimizer = optax.sgd(0.1)
+  step = make_train_step(noisy, optimizer, 0.9, BATCH)
+  x, order = np.random.default_rng(2).normal(size=BATCH).astype(np.float32), np.random.default_rng(3).permutation(BATCH)
+  state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+  plain, metrics = step(state, {"x": x}, jnp.asarray(INDEX))
+  permuted, permuted_metrics = step(state, {"x": x[order]}, jnp.asarray(INDEX[order]))
+  np.testing.assert_allclose(permuted_metrics["loss"], metrics["loss"], rtol=1e-6)
+  np.testing.assert_allclose(permuted.params["w"], plain.params["w"], rtol=1e-6)
+  _, other = step(state, {"x": x[order]}, jnp.asarray(INDEX))
+  assert abs(float(other["loss"] - metrics["loss"])) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("objective", "batch", "message"),
+  [
+    (lambda p, k, b: (jnp.mean(p["w"] * b["x"]), {}), {"x": np.zeros(8)}, r"loss has shape \(\).*\(8,\)"),
+    (lambda p, k, b: (p["w"] * b["x"], {"a": b["x"][:2]}), {"x": np.zeros(8)}, r"aux\['a'\] has shape \(2,\)"),
+    (lambda p, k, b: (p["w"] * b["x"], {"loss": b["x"]}), {"x": np.zeros(8)}, "'loss'.*taken"),
+    (quadratic, {"x": np.zeros(8), "u": np.zeros(8)}, '"u" is taken'),
+  ],
+)
+def test_wrong_objectives_are_refused(objective, batch, message):
+  optimizer = optax.sgd(0.1)
+  state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+  batch = {name: jnp.asarray(value, jnp.float32) for name, value in batch.items()}
+  with pytest.raises(ValueError, match=message):
+    make_train_step(objective, optimizer, 0.9, BATCH)(state, batch, jnp.asarray(INDEX))
+
+
+def test_wrong_arguments_are_refused():
+  optimizer = optax.sgd(0.1)
+  with pytest.raises(ValueError, match=r"ema_decay=1\.0"):
+    make_train_step(quadratic, optimizer, 1.0, BATCH)
+  with pytest.raises(ValueError, match="global_batch=0"):
+    make_train_step(quadratic, optimizer, 0.9, 0)
+  state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+  with pytest.raises(ValueError, match="global_batch=16"):
+    make_train_step(quadratic, optimizer, 0.9, 16)(state, {"x": jnp.zeros(8)}, jnp.asarray(INDEX))
+  with pytest.raises(TypeError, match="threefry"):
+    init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0, impl="rbg"))
+  with pytest.raises(TypeError, match=r"params\['w'\].*int32"):
+    init_state({"w": jnp.ones((), jnp.int32)}, optimizer, jax.random.key(0))
+
+
+def learning_rates(steps, **options):
+  """The learning rate of each step, read off a parameter: Adam on a constant gradient moves by the rate."""
+  optimizer = make_optimizer(1e-2, clip_norm=None, b1=0.0, b2=0.0, **options)
+  with jax.numpy_dtype_promotion("standard"):
+    state, moves = optimizer.init(jnp.zeros(())), []
+    for _ in range(steps):
+      update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+      moves.append(-float(update))
+  return np.array(moves)
+
+
+def test_learning_rate_schedules():
+  # b1 = b2 = 0: the update is rate * g / (|g| + 1e-8).
+  rise = 1e-2 * (1 / 4 + np.arange(4) / 4 * 3 / 4)
+  constant = learning_rates(12, warmup_steps=4, total_steps=20, schedule="constant")
+  np.testing.assert_allclose(constant, np.concatenate([rise, np.full(8, 1e-2)]), rtol=1e-4)
+  cosine = learning_rates(21, warmup_steps=4, total_steps=20)
+  fall = 1e-2 * 0.5 * (1 + np.cos(np.pi * np.arange(17) / 16))
+  np.testing.assert_allclose(cosine, np.concatenate([rise, fall]), rtol=1e-4, atol=1e-8)
+  np.testing.assert_allclose(learning_rates(3, warmup_steps=0, total_steps=9, schedule="constant"), 1e-2, rtol=1e-4)
+
+
+def test_weight_decay_and_clipping():
+  with jax.numpy_dtype_promotion("standard"):
+    optimizer = make_optimizer(0.1, 0, 10, weight_decay=0.5, schedule="constant")
+    update, _ = optimizer.update(jnp.zeros(()), optimizer.init(jnp.float32(3.0)), jnp.float32(3.0))
+    np.testing.assert_allclose(update, -0.1 * 0.5 * 3.0, rtol=1e-5)
+    # Adam is blind to the scale of all gradients, not to one clipped gradient after a small one.
+    moves = {}
+    for clip in (None, 1.0):
+      optimizer = make_optimizer(0.1, 0, 10, clip_norm=clip, schedule="constant")
+      state = optimizer.init(jnp.zeros(()))
+      for gradient in (0.5, 100.0):
+        update, state = optimizer.update(jnp.float32(gradient), state, jnp.zeros(()))
+      moves[clip] = float(update)
+  by_hand = {}
+  for clip, second in {None: 100.0, 1.0: 1.0}.items():
+    m, v = 0.9 * 0.1 * 0.5 + 0.1 * second, 0.999 * 0.001 * 0.25 + 0.001 * second**2
+    by_hand[clip] = -0.1 * (m / (1 - 0.9**2)) / (np.sqrt(v / (1 - 0.999**2)) + 1e-8)
+  assert moves == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"learning_rate": 0.0},
+    {"warmup_steps": 10},
+    {"clip_norm": -1.0},
+    {"weight_decay": -1.0},
+    {"b1": 1.0},
+    {"b2": -0.1},
+  ],
+)
+def test_optimizer_arguments_out_of_range(wrong):
+  ((name, value),) = wrong.items()
+  with pytest.raises(ValueError, match=f"{name}={value!r}: must be"):
+    make_optimizer(**{"learning_rate": 1e-3, "warmup_steps": 1, "total_steps": 10, **wrong})
+
+
+def batches(seed=0, bad_step=None):
+  """Endless batches; the one of step `bad_step` holds a NaN."""
+  rng = np.random.default_rng(seed)
+  for step in itertools.count(1):
+    x = rng.normal(size=BATCH).astype(np.float32)
+    yield {"x": np.where(np.arange(BATCH) == 3, np.nan, x).astype(np.float32) if step == bad_step else x}
+
+
+class Positioned:
+  """Batches as an iterator with the two methods of a grain iterator that checkpoints need."""
+
+  def __init__(self, **options):
+    self._batches, self._count = batches(**options), 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    self._count += 1
+    return next(self._batches)
+
+  def get_state(self):
+    return json.dumps({"count": self._count}).encode()
+
+
+def setup(devices=1):
+  mesh, optimizer = make_mesh(jax.local_devices()[:devices]), optax.sgd(0.1)
+  step_fn = jit_train_step(make_train_step(noisy, optimizer, 0.9, BATCH), mesh)
+  state = replicate(mesh, init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0)))
+  return state, step_fn, {"mesh": mesh, "global_batch": BATCH}
+
+
+def test_loop_equals_plain_steps_and_logs_their_means(tmp_path):
+  state, step_fn, where = setup()
+  final = train(state, step_fn, batches(), **where, total_steps=25, log_every=10, workdir=tmp_path)
+
+  state, step_fn, where = setup()
+  losses = []
+  for batch in itertools.islice(batches(), 25):
+    state, metrics = step_fn(state, batch, INDEX)
+    losses.append(float(metrics["loss"]))
+  assert float(final.params["w"]) == float(state.params["w"])
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  assert [record["step"] for record in records] == [10, 20, 25]
+  means = [np.mean(losses[:10]), np.mean(losses[10:20]), np.mean(losses[20:])]
+  np.testing.assert_allclose([record["loss"] for record in records], means, rtol=1e-12)
+  assert all(record["steps_per_second"] > 0 for record in records)
+  assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_loop_compiles_once_and_stops_where_it_should():
+  state, _, where = setup(devices=8)
+  traces = []
+
+  def objective(params, keys, batch):
+    traces.append(1)
+    return noisy(params, keys, batch)
+
+  step_fn = jit_train_step(make_train_step(objective, optax.sgd(0.1), 0.9, BATCH), where["mesh"])
+  state = train(state, step_fn, batches(), **where, total_steps=5, log_every=2)
+  assert len(traces) == 1
+  assert int(state.step) == 5
+  again = train(state, step_fn, iter(()), **where, total_steps=5)
+  assert again is state
+
+
+def test_loop_fetches_metrics_only_when_it_logs(monkeypatch):
+  state, step_fn, where = setup()
+  fetched, get = [], jax.device_get
+  monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(tree)) or get(tree))
+  train(state, step_fn, batches(), **where, total_steps=12, log_every=5)
+  assert fetched == [5, 5, 2]
+
+
+@pytest.mark.parametrize("name", ["log_every", "checkpoint_every", "global_batch"])
+def test_loop_arguments_out_of_range(name):
+  state, step_fn, where = setup()
+  with pytest.raises(ValueError, match=f"{name}=0"):
+    train(state, step_fn, batches(), **{**where, "total_steps": 3, name: 0})
+
+
+def test_iterator_that_ends_is_named():
+  state, step_fn, where = setup()
+  with pytest.raises(ValueError, match="before step 4 of total_steps=9"):
+    train(state, step_fn, itertools.islice(batches(), 3), **where, total_steps=9)
+
+
+def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+  state, step_fn, where = setup()
+  with Checkpoints(tmp_path / "ckpt", {}) as checkpoints:
+    where |= {"checkpoints": checkpoints, "checkpoint_every": 4, "log_every": 3}
+    with pytest.raises(NonFiniteError) as error:
+      train(state, step_fn, Positioned(bad_step=11), **where, total_steps=40)
+  message = str(error.value)
+  assert "at step 11, the first of steps 10 to 12" in message
+  assert f"the last good checkpoint, of step 8, is kept in {tmp_path / 'ckpt'}" in message
+  params, step = load_params(tmp_path / "ckpt", {"w": jax.ShapeDtypeStruct((), jnp.float32)})
+  assert step == 8
+  assert np.isfinite(params["w"])
+
+
+def test_nonfinite_parameters_are_never_saved(tmp_path):
+  # The loss and the gradient of step 4 are finite; the update overflows.
+  state, _, where = setup()
+  optimizer = optax.sgd(0.1)
+  step = make_train_step(noisy, optimizer, 0.9, BATCH)
+
+  def overflow(state, batch, index):
+    state, metrics = step(state, batch, index)
+    return state._replace(params={"w": jnp.where(state.step == 4, jnp.inf, state.params["w"])}), metrics
+
+  step_fn = jit_train_step(overflow, where["mesh"])
+  with (
+    Checkpoints(tmp_path, {}) as checkpoints,
+    pytest.raises(NonFiniteError, match=r"at step 4; .* of step 2, is kept"),
+  ):
+    train(state, step_fn, Positioned(), **where, total_steps=9, checkpoints=checkpoints, checkpoint_every=2)
+
+
+def test_metrics_beyond_the_restored_step_are_dropped(tmp_path):
+  with MetricsWriter(tmp_path, 0) as writer:
+    for step in (2, 4, 6):
+      writer.write(step, {"loss": 1.0})
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 8, "lo')
+  with MetricsWriter(tmp_path, 4) as writer:
+    writer.write(6, {"loss": 2.0})
+  assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal():
+  out = io.StringIO()
+  with Progress(total=100, start=0, out=out, every=1e9) as progress:
+    for step in range(1, 101):
+      progress.advance()
+      if step % 10 == 0:
+        progress.report(step, {"loss": 1 / step})
+  first, last = out.getvalue().splitlines()
+  assert first.startswith("step 10/100, loss 0.1, ")
+  assert "steps/s" in first
+  assert last.startswith("step 100/100, loss 0.01, ")
+
+
+def test_progress_is_a_bar_on_a_terminal():
+  out = io.StringIO()
+  out.isatty = lambda: True
+  with Progress(total=10, start=4, out=out) as progress:
+    for _ in range(6):
+      progress.advance()
+    progress.report(10, {"loss": 0.5})
+  assert "10/10" in out.getvalue()
+  assert "loss 0.5" in out.getvalue()
