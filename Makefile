@@ -28,3 +28,27 @@ $(STAMP): pyproject.toml constraints.txt
 
 constraints:  ## Resolve the pinned versions again (needs uv).
 	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras --upgrade pyproject.toml -o constraints.txt
+
+demo: $(STAMP)  ## Train on handwritten digits, draw samples, report bits per dimension: about five minutes on two cores.
+	$(BIN)/jaxdiff train --config=configs/digits.py --workdir=$(DEMO) $(DEMO_FLAGS)
+	$(BIN)/jaxdiff sample --workdir=$(DEMO)
+	$(BIN)/jaxdiff likelihood --workdir=$(DEMO)
+
+test: $(STAMP)  ## Run the tests, the docstring examples and the check of the import order.
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --dist=worksteal $(TEST_FLAGS)
+
+lint: $(STAMP)  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(STAMP)  ## Measure the overhead over bare network evaluations (on an idle machine).
+	$(BIN)/python experiments/benchmarks/overhead.py
+
+clean:  ## Remove the environment, the caches and the runs.
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache runs

@@ -1,8 +1,8 @@
 """scikit-learn's 1797 handwritten digits, 8x8, 17 levels: a U-Net on VP, trained by maximum likelihood.
 
-    jaxdiff train --config=configs/digits.py --workdir=runs/digits
-    jaxdiff sample --workdir=runs/digits
-    jaxdiff likelihood --workdir=runs/digits
+jaxdiff train --config=configs/digits.py --workdir=runs/digits
+jaxdiff sample --workdir=runs/digits
+jaxdiff likelihood --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -13,18 +13,30 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.data = ConfigDict({"type": "digits", "held_out": 360, "seed": 0})
   config.sde = ConfigDict({"type": "VP", "beta_min": 0.1, "beta_max": 20.0})
-  config.prediction = ConfigDict({"type": "edm", "sigma_data": 0.75})
+  config.prediction = ConfigDict({"type": "edm", "sigma_data": 0.65})
   config.loss = ConfigDict({"type": "denoising", "weight": {"type": "likelihood"}, "time": {"type": "importance"}})
-  config.network = ConfigDict({"type": "UNet", "channels": 32, "channel_multipliers": (1, 2), "blocks": 2})
-  config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0})
-  config.train = ConfigDict({"batch_size": 128, "steps": 1200, "ema_decay": 0.998, "checkpoint_every": 400})
+  config.network = ConfigDict(
+    {"type": "UNet", "channels": 32, "channel_multipliers": (1, 2), "blocks": 1, "max_frequency": 10.0}
+  )
+  config.optimizer = ConfigDict({"algorithm": "muon", "learning_rate": 8e-3, "warmup_steps": 100, "b2": 0.99})
+  config.train = ConfigDict(
+    {
+      "batch_size": 128,
+      "steps": 1200,
+      "ema_decay": 0.998,
+      "random_flip": False,
+      "log_every": 25,
+      "checkpoint_every": 400,
+      "keep": 3,
+    }
+  )
   config.sampler = ConfigDict({"type": "reverse_sde", "grid": {"steps": 300, "kind": "log_snr"}})
   config.sample = ConfigDict({"num": 100, "batch_size": 100, "trajectories": 6, "seed": 0})
   config.likelihood = ConfigDict(
     {
       "divergence": {"type": "hutchinson", "probes": 1},
-      "rtol": 1e-3,
-      "atol": 1e-3,
+      "rtol": 1e-4,
+      "atol": 1e-4,
       "split": "test",
       "batch_size": 120,
       "seed": 0,

@@ -19,7 +19,17 @@ def get_config() -> ConfigDict:
   config.loss = ConfigDict({"type": "denoising", "weight": {"type": "likelihood"}, "time": {"type": "importance"}})
   config.network = ConfigDict({"type": "MLP", "width": 128, "depth": 3})
   config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0})
-  config.train = ConfigDict({"batch_size": 512, "steps": 3000, "ema_decay": 0.998, "checkpoint_every": 1000})
+  config.train = ConfigDict(
+    {
+      "batch_size": 512,
+      "steps": 3000,
+      "ema_decay": 0.998,
+      "random_flip": False,
+      "log_every": 25,
+      "checkpoint_every": 1000,
+      "keep": 3,
+    }
+  )
   config.sampler = ConfigDict({"type": "probability_flow", "rtol": 1e-4, "atol": 1e-4})
   config.sample = ConfigDict({"num": 2000, "batch_size": 1000, "trajectories": 6, "seed": 0})
   config.likelihood = ConfigDict(

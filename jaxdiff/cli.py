@@ -43,7 +43,6 @@ from jaxdiff.data import pipeline  # noqa: E402
 from jaxdiff.evaluation import baselines, pictures, runs  # noqa: E402
 from jaxdiff.factory import Config, ConfigError  # noqa: E402
 from jaxdiff.training.metrics import read_metrics  # noqa: E402
-from jaxdiff.typing import Sample, Status  # noqa: E402
 
 
 def _say(message: str) -> None:
@@ -115,9 +114,9 @@ def train(config: Config, workdir: Path) -> None:
   records = read_metrics(workdir / "metrics.jsonl")
   pictures.save_loss(
     workdir / "loss.png",
-    [record["step"] for record in records],
+    [int(record["step"]) for record in records],
     [record["loss"] / np.prod(source.shape) for record in records],
-    "loss (nats per dimension)",
+    "loss per dimension",
   )
   _list(workdir, "checkpoints", "loss.png", "metrics.jsonl", "config.json")
 
@@ -126,7 +125,10 @@ def _load(config: Config, workdir: Path) -> tuple[Any, Any, int]:
   """(training source, parameters, step) of the run in the workdir."""
   source = factory.make_source(config, "train")
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
-  params, step = training.load_params(workdir / "checkpoints", shapes)
+  try:
+    params, step = training.load_params(workdir / "checkpoints", shapes)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
   return source, params, step
 
 
@@ -150,8 +152,7 @@ def sample(config: Config, workdir: Path) -> None:
     mesh,
   )
   np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
-  state = Status(drawn["code"], drawn["accepted"], np.zeros_like(drawn["code"]))
-  status.raise_if_failed(Sample(drawn["x"], drawn["nfe"], None, state))
+  status.check(drawn["code"], drawn["accepted"])
   paths = runs.trajectories(
     score(params),
     process,
@@ -188,7 +189,7 @@ def likelihood(config: Config, workdir: Path) -> None:
     settings.seed,
     mesh,
   )
-  np.savez_compressed(workdir / "likelihood.npz", **values)
+  np.savez_compressed(workdir / "likelihood.npz", allow_pickle=False, **values)
   failed = int(np.count_nonzero(values["code"]))
   rows = {} if held_out.levels is None else _reference_rows(source, held_out, len(values["value"]))
   if not failed:
@@ -206,9 +207,7 @@ def likelihood(config: Config, workdir: Path) -> None:
     "results": {name: {"mean": row.mean, "standard_error": _finite(row.standard_error)} for name, row in rows.items()},
   }
   (workdir / "likelihood.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-  status.raise_if_failed(
-    Sample(values["value"], values["nfe"], None, Status(values["code"], values["accepted"], values["code"]))
-  )
+  status.check(values["code"], values["accepted"])
   print(_table(f"{held_out.name}, {settings.split}: {report['examples']} examples, {report['unit']}", rows))
   print(f"{report['nfe']['mean']:.0f} network evaluations an example ({report['nfe']['min']}-{report['nfe']['max']})")
   written = ("likelihood.json", "likelihood.npz", "samples.png", "denoising.png", "loss.png", "config.json")

@@ -11,7 +11,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ class Divergence(NamedTuple):
     standard_error: `[m] -> []`, of the mean of m estimates, or of their integrals.
   """
 
-  draw: Callable[[Array, Array], Array | None]
-  estimate: Callable[[Callable[[Array], Array], Array, Array | None], tuple[Array, Float[Array, " m"]]]
+  draw: Callable[[Array, Array], Any]
+  estimate: Callable[[Callable[[Array], Array], Array, Any], tuple[Array, Float[Array, " m"]]]
   standard_error: Callable[[Float[Array, " m"]], Float[Array, ""]]
 
 

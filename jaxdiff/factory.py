@@ -27,36 +27,38 @@ from jaxdiff.data.transforms import random_flip
 from jaxdiff.models import MLP, UNet
 from jaxdiff.training import make_optimizer
 
-SOURCES = {
+Table = Mapping[str, Callable[..., Any]]
+
+SOURCES: Table = {
   "digits": sources.digits,
   "toy2d": sources.toy2d,
   "npz": sources.npz,
   "image_folder": sources.image_folder,
   "tfds": sources.tfds_source,
 }
-PROCESSES = {"VP": sde.VP, "SubVP": sde.SubVP, "CosineVP": sde.CosineVP, "VE": sde.VE, "EDM": sde.EDM}
-PREDICTIONS = {
+PROCESSES: Table = {"VP": sde.VP, "SubVP": sde.SubVP, "CosineVP": sde.CosineVP, "VE": sde.VE, "EDM": sde.EDM}
+PREDICTIONS: Table = {
   "noise": predictions.noise,
   "data": predictions.data,
   "velocity": predictions.velocity,
   "score": predictions.score,
   "edm": predictions.edm,
 }
-LOSSES = {"denoising": losses.denoising}
-WEIGHTS = {
+LOSSES: Table = {"denoising": losses.denoising}
+WEIGHTS: Table = {
   "noise": losses.weights.noise,
   "likelihood": losses.weights.likelihood,
   "edm": losses.weights.edm,
   "min_snr": losses.weights.min_snr,
 }
-TIMES = {
+TIMES: Table = {
   "uniform": losses.times.uniform,
   "importance": losses.times.importance,
   "log_normal": losses.times.log_normal,
 }
-NETWORKS = {"UNet": UNet, "MLP": MLP}
-SAMPLERS = {"reverse_sde": samplers.reverse_sde, "probability_flow": samplers.probability_flow}
-DIVERGENCES = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
+NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
+SAMPLERS: Table = {"reverse_sde": samplers.reverse_sde, "probability_flow": samplers.probability_flow}
+DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +167,11 @@ def _construct(constructor: Callable[..., Any], fields: Mapping[str, Any], path:
     raise ConfigError(f"config.{path}: {error}") from error
 
 
-def _component(table: Mapping[str, Callable[..., Any]], section: Any, path: str, **given: Any) -> Any:
+def _component(table: Table, section: Any, path: str, **given: Any) -> Any:
   """The component that a section names by its `type`."""
-  kind = section.get("type") if isinstance(section, Mapping) else None
+  kind = str(section.get("type")) if isinstance(section, Mapping) else "missing"
   if kind not in table:
-    raise ConfigError(f"config.{path}.type is {kind!r}; {_nearest(str(kind), table)}")
+    raise ConfigError(f"config.{path}.type is {kind!r}; {_nearest(kind, table)}")
   return _construct(table[kind], {name: value for name, value in section.items() if name != "type"}, path, **given)
 
 
@@ -230,6 +232,7 @@ def make_optimizer_of(config: Config) -> optax.GradientTransformation:
 
 
 def train_settings(config: Config) -> TrainSettings:
+  """The section `train`, its numbers in range."""
   settings = _construct(TrainSettings, config["train"], "train")
   for name in ("batch_size", "steps", "log_every", "checkpoint_every", "keep"):
     if getattr(settings, name) < 1:
@@ -240,6 +243,7 @@ def train_settings(config: Config) -> TrainSettings:
 
 
 def sample_settings(config: Config) -> SampleSettings:
+  """The section `sample`, its numbers in range."""
   settings = _construct(SampleSettings, config["sample"], "sample")
   for name in ("num", "batch_size"):
     if getattr(settings, name) < 1:
@@ -248,6 +252,7 @@ def sample_settings(config: Config) -> SampleSettings:
 
 
 def likelihood_settings(config: Config) -> LikelihoodSettings:
+  """What the section `likelihood` says of the data; the rest of it are the options of the log-density."""
   names = [field.name for field in dataclasses.fields(LikelihoodSettings)]
   settings = LikelihoodSettings(**{n: v for n, v in config["likelihood"].items() if n in names})
   if settings.batch_size < 1:
@@ -276,7 +281,8 @@ def make_sampler(config: Config, **options: Any) -> Callable[..., Any]:
 
 def make_score(config: Config) -> Callable[[Any], Any]:
   """From parameters to the score that the network is with them."""
-  apply, process, prediction = make_network(config).apply, make_process(config), make_prediction(config)
+  apply: Callable[..., Any] = make_network(config).apply
+  process, prediction = make_process(config), make_prediction(config)
   return lambda params: predictions.score_fn(apply, params, process, prediction)
 
 
@@ -292,7 +298,7 @@ def make_objective(config: Config, source: Source) -> Callable[..., Any]:
     x = batch["x"] if levels is None else likelihood.dequantize(data_key, batch["x"], levels)
     if settings.random_flip:
       x = random_flip(flip_key, x)
-    network = functools.partial(module.apply, params)
+    network: Callable[..., Any] = functools.partial(module.apply, params)
     if getattr(module, "dropout", 0.0) > 0:
       network = _with_dropout(network, drop_key)
     return loss(loss_key, x, network, u=batch["u"] if stratified else None)

@@ -34,8 +34,9 @@ def check_tolerances(rtol: float, atol: float, max_steps: int) -> None:
 def solve(
   field: Callable[[Array, Any], Any],
   y0: Any,
-  start: Array,
-  end: Array,
+  start: Float[Array, ""],
+  end: Float[Array, ""],
+  first_step: Float[Array, ""],
   rtol: float,
   atol: float,
   max_steps: int = MAX_STEPS,
@@ -48,6 +49,7 @@ def solve(
     y0: the state at `start`, a pytree; the error control takes its root mean square over all of it.
     start: a time.
     end: a time.
+    first_step: length of the first step tried, above 0; a hundredth of the interval where it is below float resolution.
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step.
     max_steps: steps, taken and refused, after which the solve gives up.
@@ -57,18 +59,27 @@ def solve(
     (the state at `end`, or at the times `at` with a leading axis [n], NaN where the solve failed; number of evaluations
     of the field []; status with fields []).
   """
+
+  def vector_field(t: Any, y: Any, args: None) -> Any:
+    return field(t, y)
+
+  with jax.ensure_compile_time_eval():
+    start, end = float_time(start), float_time(end)
+    span = end - start
+    smallest = _SMALLEST_STEP * jnp.abs(span)
+    first = jnp.sign(span) * jnp.where(first_step > smallest, first_step, 1e-2 * jnp.abs(span))
+  # The sign of a traced dt0 would be checked by a callback to the host: a traced process leaves the choice to diffrax.
+  dt0 = None if isinstance(first, jax.core.Tracer) else first
   with jax.default_matmul_precision("highest"):
     solution = diffrax.diffeqsolve(
-      diffrax.ODETerm(lambda t, y, args: field(t, y)),
+      diffrax.ODETerm(vector_field),
       diffrax.Tsit5(),
-      t0=float_time(start),
-      t1=float_time(end),
-      dt0=None,
+      t0=start,
+      t1=end,
+      dt0=dt0,
       y0=y0,
       saveat=diffrax.SaveAt(t1=True) if at is None else diffrax.SaveAt(ts=at),
-      stepsize_controller=diffrax.PIDController(
-        rtol=rtol, atol=atol, dtmin=_SMALLEST_STEP * jnp.abs(end - start), force_dtmin=False
-      ),
+      stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False),
       max_steps=max_steps,
       throw=False,
     )

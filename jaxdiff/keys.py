@@ -12,9 +12,11 @@ from jaxtyping import Float, Key
 from jaxdiff.typing import Keys
 
 
-def _check(key: Array) -> None:
-  if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-    raise TypeError(f"key must be a typed key made by jax.random.key(seed), got {getattr(key, 'dtype', type(key))}")
+def check(key: Array) -> None:
+  """Refuse keys of the old uint32 kind, and generators whose numbers depend on the batch."""
+  dtype = getattr(key, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    raise TypeError(f"key must be a typed key made by jax.random.key(seed), got {dtype or type(key)}")
   if (impl := str(jax.random.key_impl(key))) != "threefry2x32":
     raise ValueError(
       f"key has the implementation {impl!r}, whose numbers change under vmap: "
@@ -38,13 +40,13 @@ def example_keys(key: Key[Array, ""], start: int | Array, count: int) -> Key[Arr
     >>> jd.example_keys(jax.random.key(0), start=64, count=32).shape
     (32,)
   """
-  _check(key)
+  check(key)
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, start + jnp.arange(count))
 
 
 def per_example(key: Keys, batch: int) -> Key[Array, " {batch}"]:
   """`[batch]` keys: those given, or the first `batch` example keys of one."""
-  _check(key)
+  check(key)
   if key.ndim == 0:
     return example_keys(key, 0, batch)
   if key.shape != (batch,):

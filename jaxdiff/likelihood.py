@@ -30,6 +30,8 @@ from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, reverse
 from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, State, Status
 
+_FIRST_NOISE_TO_SIGNAL = 0.05
+
 
 class BitsPerDim(NamedTuple):
   """Bits per dimension of integer data.
@@ -82,12 +84,15 @@ def log_prob(
     -1.838
   """
   flow.check_tolerances(rtol, atol, max_steps)
+  start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
+  with jax.ensure_compile_time_eval():
+    end = float_time(sde.t1)
+    first_step = jnp.clip(sde.time_of_log_snr(-2 * math.log(_FIRST_NOISE_TO_SIGNAL)) - start, 0.0, end - start)
 
   def fn(key: Keys, x0: State, score: ScoreFn, cond: Cond = NO_COND) -> LogProb:
     if not jnp.issubdtype(x0.dtype, jnp.floating):
       raise TypeError(f"x0 must be floating point, got {x0.dtype}: for integer data use likelihood.bits_per_dim")
     drift, _ = reverse(sde, score, eta=0.0)
-    start, end = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL), float_time(sde.t1)
 
     def one(key: Array, x: Array, cond: dict[str, Array]) -> tuple[Array, Array, Array, Status]:
       batched = {name: value[None] for name, value in cond.items()}
@@ -98,7 +103,7 @@ def log_prob(
 
       estimates = jax.eval_shape(field, start, (x, x))[1]
       y0 = x, jnp.zeros(estimates.shape, estimates.dtype)
-      (z, change), nfe, status = flow.solve(field, y0, start, end, rtol, atol, max_steps)
+      (z, change), nfe, status = flow.solve(field, y0, start, end, first_step, rtol, atol, max_steps)
       return z, change, nfe, status
 
     z, change, nfe, status = jax.vmap(one)(keys.per_example(key, len(x0)), x0, dict(cond))
@@ -183,7 +188,8 @@ def bits_per_dim(
     dequantize_key, probe_key = keys.split(keys.per_example(key, len(x)))
     result = log_prob(probe_key, dequantize(dequantize_key, x, levels, data_range), score, cond)
     dimension = math.prod(x.shape[1:])
-    inside = jnp.all((x >= 0) & (x < levels), axis=range(1, x.ndim))
+    highest = min(levels - 1, jnp.iinfo(x.dtype).max)  # x < 256 would wrap to x < 0 for uint8
+    inside = jnp.all((x >= 0) & (x <= highest), axis=range(1, x.ndim))
     bits = nats_to_bits_per_dim(result.value, dimension, levels, data_range)
     status = result.status._replace(code=jnp.where(inside, result.status.code, codes.NOT_IN_LEVELS))
     error = result.standard_error / (dimension * math.log(2))

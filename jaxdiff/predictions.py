@@ -15,7 +15,7 @@ level sigma / alpha, solved for the score by hand so that no digits cancel at sm
 and the time log(sigma / alpha) / 4, all others see (x, t) as they are.
 
 References:
-  Ho et al. 2020 (noise); Salimans & Ho 2022, Progressive Distillation, eq. 9 and Appendix D (velocity); Efron 2011,
+  Ho et al. 2020 (noise); Salimans & Ho 2022, Progressive Distillation, Section 4 and Appendix D (velocity); Efron 2011,
   Tweedie's Formula, eq. 1.4.
 """
 

@@ -1,7 +1,7 @@
 """Noise schedules as functions of time, and the time grids on which samplers step.
 
     linear   beta(t) = beta_min + t (beta_max - beta_min),  B(t) = int_0^t beta     (Ho et al. 2020)
-    cosine   alpha = cos(theta t),  sigma = sin(theta t)                            (Nichol & Dhariwal 2021)
+    cosine   alpha = cos(theta t),  sigma = sin(theta t)          (after Nichol & Dhariwal 2021, without their offset)
 
 Every noise level of every process has one log-SNR, log(alpha^2 / sigma^2): grids and default times are set by it.
 """
@@ -43,7 +43,7 @@ def linear_beta_time(integral: Float[Array, "..."], beta_min: Scalar, beta_max: 
 
 
 def cosine_angle(log_snr: Time) -> Float[Array, "..."]:
-  """The angle with alpha = cos, sigma = sin at this log-SNR."""
+  """The angle with alpha = cos, sigma = sin at this log-SNR; that of -log_snr is what it lacks to pi / 2."""
   return jnp.arctan(jnp.exp(-0.5 * log_snr))
 
 
@@ -67,15 +67,15 @@ def start_time(sde: Any, t0: Scalar | None, noise_to_signal: float) -> Float[Arr
   Raises:
     ValueError: if t0 lies outside [0, t1), or there is no noise at t0.
   """
-  if t0 is None:
-    return jnp.maximum(sde.time_of_log_snr(-2 * jnp.log(float_time(noise_to_signal))), 0.0)
-  t0 = float_time(t0)
-  sigma = sde.marginal(t0)[1]
-  if _is_number(sigma):
-    if not 0 <= t0 < sde.t1:
-      raise ValueError(f"t0 must lie in [0, t1) = [0, {sde.t1}), got {t0}")
-    if sigma <= 0:
-      raise ValueError(f"t0 = {t0} has no noise (sigma = 0), so no score: take a small positive t0, or t0=None")
+  if t0 is not None and _is_number(t0) and _is_number(sde.t1) and not 0 <= float(t0) < float(sde.t1):
+    raise ValueError(f"t0 must lie in [0, t1) = [0, {sde.t1}), got {t0}")
+  with jax.ensure_compile_time_eval():
+    if t0 is None:
+      return jnp.maximum(sde.time_of_log_snr(-2 * jnp.log(float_time(noise_to_signal))), 0.0)
+    t0 = float_time(t0)
+    silent = sde.marginal(t0)[1] <= 0
+  if _is_number(silent) and silent:
+    raise ValueError(f"t0 = {t0} has no noise (sigma = 0), so no score: take a small positive t0, or t0=None")
   return t0
 
 
@@ -113,8 +113,13 @@ def time_grid(
   """
   if steps < 1:
     raise ValueError(f"steps must be at least 1, got {steps}")
+  with jax.ensure_compile_time_eval():
+    return _grid(sde, steps, kind, start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL), rho)
+
+
+def _grid(sde: Any, steps: int, kind: str, t0: Array, rho: float) -> Float[Array, " {steps}+1"]:
   first = float_time(sde.t1)
-  last = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL).astype(first.dtype)
+  last = t0.astype(first.dtype)
   fraction = jnp.linspace(0.0, 1.0, steps + 1, dtype=first.dtype)
   alpha, sigma = sde.marginal(jnp.stack([first, last]))
   ratio = sigma / alpha

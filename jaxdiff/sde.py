@@ -13,13 +13,14 @@ with x_t | x_0 ~ N(alpha x_0, sigma^2 I), beta linear in t, B its integral, r = 
 
 References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix B-C, for (1), (2), (4); Nichol & Dhariwal
-  2021, Improved DDPM, eq. 17, for (3); Karras et al. 2022, Elucidating the Design Space, Table 1, for (5).
+  2021, Improved DDPM, eq. 17, for (3), here without their offset and cut off at a log-SNR; Karras et al. 2022,
+  Elucidating the Design Space, Table 1, for (5).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ from jaxdiff.typing import Keys, Scalar, ScoreFn, State, Time
 class SDE(Protocol):
   """A forward process dx = f(x, t) dt + G(t) dw."""
 
-  t1: Scalar
+  @property
+  def t1(self) -> Scalar: ...
 
   def drift(self, x: State, t: Time) -> State:
     """f(x, t), `[b, *d]`."""
@@ -124,7 +126,7 @@ def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., 
     drift(x, t, **cond) and diffuse(t, v). Time still runs forwards: a sampler takes negative steps.
 
   References:
-    Song et al. 2021, eq. 6 (eta = 1) and eq. 13 (eta = 0); Zhang & Chen 2023, DEIS, eq. 5, for every eta.
+    Song et al. 2021, eq. 6 (eta = 1) and eq. 13 (eta = 0); Zhang & Chen 2023, DEIS, Section 2, for every eta.
   """
 
   def drift(x: State, t: Time, **cond: Array) -> State:
@@ -150,11 +152,11 @@ def _unit_prior_log_prob(sde: SDE, z: State) -> Float[Array, " b"]:
   return -0.5 * jnp.sum(z**2, axis=range(1, z.ndim)) - 0.5 * dimension * math.log(2 * math.pi)
 
 
-def _wide_prior_sample(sde: "VE | EDM", key: Keys, shape: tuple[int, ...]) -> State:
+def _wide_prior_sample(sde: Any, key: Keys, shape: tuple[int, ...]) -> State:
   return sde.sigma_max * _unit_prior_sample(sde, key, shape)
 
 
-def _wide_prior_log_prob(sde: "VE | EDM", z: State) -> Float[Array, " b"]:
+def _wide_prior_log_prob(sde: Any, z: State) -> Float[Array, " b"]:
   return _unit_prior_log_prob(sde, z / sde.sigma_max) - math.prod(z.shape[1:]) * jnp.log(sde.sigma_max)
 
 
@@ -232,14 +234,17 @@ class CosineVP:
     return schedules.cosine_angle(self.log_snr_min)
 
   def drift(self, x: State, t: Time) -> State:
-    return expand(-self._theta * jnp.tan(self._theta * float_time(t)), x) * x
+    alpha, sigma = self.marginal(t)
+    return expand(-self._theta * sigma / alpha, x) * x
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
-    return jnp.sqrt(2 * self._theta * jnp.tan(self._theta * float_time(t)))
+    alpha, sigma = self.marginal(t)
+    return jnp.sqrt(2 * self._theta * sigma / alpha)
 
   def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    angle = self._theta * float_time(t)
-    return jnp.cos(angle), jnp.sin(angle)
+    t = float_time(t)
+    to_right_angle = schedules.cosine_angle(-self.log_snr_min) + self._theta * (1 - t)
+    return jnp.sin(to_right_angle), jnp.sin(self._theta * t)
 
   def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
     return schedules.cosine_angle(float_time(log_snr)) / self._theta

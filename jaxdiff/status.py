@@ -39,7 +39,11 @@ def raise_if_failed(result: Any) -> None:
     >>> x_T = sde.prior_sample(jax.random.key(0), (4, 2))
     >>> jd.raise_if_failed(sampler(jax.random.key(1), x_T, lambda x, t: -x))
   """
-  code, accepted = np.atleast_1d(result.status.code), np.atleast_1d(result.status.accepted)
+  check(np.atleast_1d(result.status.code), np.atleast_1d(result.status.accepted))
+
+
+def check(code: np.ndarray, accepted: np.ndarray) -> None:
+  """`raise_if_failed` for the codes [b] and accepted steps [b] of a status."""
   if not code.any():
     return
   lines = []

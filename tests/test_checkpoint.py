@@ -55,7 +55,7 @@ def make_state(devices=1, step=0, width=1000):
 
 
 def bits(tree):
-  unwrap = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+  unwrap = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   return [np.asarray(unwrap(leaf)).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
@@ -296,7 +296,7 @@ def test_checksum_is_the_documented_sum_and_sees_one_bit(dtype):
   values = np.random.default_rng(0).integers(0, 2, (5, 7)).astype(jnp.dtype(dtype))
   raw = values.view(f"u{values.dtype.itemsize}").ravel()
   want = sum((2 * j + 1) * int(word) for j, word in enumerate(raw)) % 2**32
-  checksum = lambda x: manifest({"x": jnp.asarray(x)})["['x']"]["checksum"]  # noqa: E731
+  checksum = lambda x: manifest({"x": jnp.asarray(x)})["['x']"]["checksum"]
   assert checksum(values) == want
   changed = values.copy()
   changed.view(np.uint8).ravel()[-1] ^= 1

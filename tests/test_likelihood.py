@@ -99,7 +99,7 @@ def test_hutchinson_is_unbiased_and_knows_its_error(x64):
   assert jnp.all(jnp.isnan(run(jd.divergence.hutchinson(1))(x[:2]).standard_error))
 
 
-def test_value_does_not_depend_on_batch_mates():
+def test_value_does_not_depend_on_batch_mates(x64):
   """A peer drew probes and steps for the whole batch. The second mate, amid the modes, takes more steps."""
   data, sde, key = mixture(), jd.VP(), jax.random.key(0)
   x = data.sample(key, 4).at[1].set(jnp.asarray([-0.2, -0.1]))
@@ -107,7 +107,7 @@ def test_value_does_not_depend_on_batch_mates():
   whole = fn(key, x, data.score(sde))
   for k in (0, 1, 3):
     alone = fn(jd.example_keys(key, k, 1), x[k : k + 1], data.score(sde))
-    np.testing.assert_allclose(whole.value[k], alone.value[0], rtol=1e-5, atol=3e-5)
+    np.testing.assert_allclose(whole.value[k], alone.value[0], rtol=1e-9)
     assert whole.nfe[k] == alone.nfe[0]
   assert len(set(whole.nfe.tolist())) > 1
 
@@ -195,6 +195,60 @@ def test_integers_outside_the_levels_are_reported():
     jd.raise_if_failed(result)
 
 
+@pytest.mark.parametrize(("dtype", "levels"), [(jnp.uint8, 256), (jnp.uint16, 65536), (jnp.int8, 100), (jnp.int32, 7)])
+def test_the_largest_level_of_every_type_is_inside(dtype, levels):
+  """256 wraps to 0 as a uint8: x < 256 would hold for no image."""
+  bits = likelihood.bits_per_dim(likelihood.log_prob(jd.VP(), rtol=0.1, atol=0.1), levels)
+  x = jnp.asarray([[0, levels - 1]], dtype)
+  assert bits(jax.random.key(0), x, lambda x, t: -x).status.code.tolist() == [0]
+
+
+def test_condition_is_split_with_the_examples():
+  """log p(x | center): each example under the Gaussian of its own center."""
+  sde, centers = jd.VP(), jnp.asarray([[-1.0], [0.0], [2.0]])
+
+  def score(x, t, center):
+    alpha, sigma = (v[:, None] for v in sde.marginal(t))
+    return -(x - alpha * center) / (sigma**2 + 0.25 * alpha**2)
+
+  fn = likelihood.log_prob(sde, jd.divergence.exact(), 1e-4, 1e-4)
+  value = fn(jax.random.key(0), centers + 0.1, score, {"center": centers}).value
+  np.testing.assert_allclose(value, -0.5 * 0.2**2 - np.log(0.5 * np.sqrt(2 * np.pi)), atol=0.02)
+
+
+def test_bits_and_their_error_are_those_of_the_log_density():
+  """Dequantization and probes have keys of their own; value and error convert by d log 2."""
+  log_prob = likelihood.log_prob(jd.VP(), jd.divergence.hutchinson(4), rtol=1e-2, atol=1e-2)
+  key, n, score = (
+    jax.random.key(3),
+    jnp.asarray([[0, 3, 1], [2, 2, 0]], jnp.uint8),
+    lambda x, t: -x + jnp.sin(2 * x[:, ::-1]),
+  )
+  result = likelihood.bits_per_dim(log_prob, 4)(key, n, score)
+  first, second = jd.keys.split(jd.example_keys(key, 0, 2))
+  expected = log_prob(second, likelihood.dequantize(first, n, 4), score)
+  np.testing.assert_allclose(result.value, -expected.value / (3 * np.log(2)) + 1, rtol=1e-5)
+  np.testing.assert_allclose(result.standard_error, expected.standard_error / (3 * np.log(2)), rtol=1e-5)
+  assert jnp.all(result.standard_error > 0)
+
+
+@pytest.mark.parametrize("t0", [2.0, 0.0, -0.1])
+@pytest.mark.parametrize("make", [jd.likelihood.log_prob, jd.samplers.probability_flow, None])
+def test_a_bad_t0_is_refused_before_and_under_jit(t0, make):
+  make = make or (lambda sde, t0: jd.losses.denoising(sde, jd.predictions.noise(), t0=t0))
+  with pytest.raises(ValueError, match=r"t0 must lie in \[0, t1\)|no noise"):
+    jax.jit(lambda: [make(jd.VP(), t0=t0), 0][1])()
+  with pytest.raises(ValueError, match=r"t0 must lie in \[0, t1\)|no noise"):
+    make(jd.VP(), t0=t0)
+
+
+def test_solves_ask_for_the_highest_matmul_precision():
+  fn, w = likelihood.log_prob(jd.VP()), jnp.eye(3)
+  jaxpr = str(jax.make_jaxpr(lambda x: fn(jax.random.key(0), x, lambda x, t: -x @ w).value)(jnp.ones((2, 3))))
+  assert "HIGHEST" in jaxpr
+  assert "precision=None" not in jaxpr
+
+
 def test_wrong_use_is_refused(untyped):
   fn, score = likelihood.log_prob(jd.VP()), lambda x, t: -x
   with pytest.raises(TypeError, match="x must be integers 0..255, got float32.*pass the raw integers"):
@@ -207,5 +261,3 @@ def test_wrong_use_is_refused(untyped):
     likelihood.bits_per_dim(fn, 4, (1.0, -1.0))
   with pytest.raises(ValueError, match="atol must be positive"):
     likelihood.log_prob(jd.VP(), atol=-1.0)
-  with pytest.raises(ValueError, match=r"t0 must lie in \[0, t1\)"):
-    likelihood.log_prob(jd.VP(), t0=2.0)(jax.random.key(0), jnp.ones((2, 3)), score)

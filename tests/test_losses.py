@@ -171,6 +171,37 @@ def test_times_stay_inside_and_are_finite_at_the_ends(time, sde):
   assert jnp.all((t >= t0) & (t <= sde.t1) & jnp.isfinite(correction))
 
 
+def test_log_normal_times_are_cut_off_where_the_process_ends(x64):
+  """At sigma <= 0.3 the upper half of the published distribution is gone: quantiles of the truncated normal."""
+  u = jnp.linspace(0.05, 0.95, 10)
+  t, _ = times.log_normal(-1.2, 1.2).place(jd.EDM(sigma_max=0.3), jnp.asarray(1e-9), u)
+  cdf = jax.scipy.stats.norm.cdf
+  np.testing.assert_allclose(cdf((jnp.log(t) + 1.2) / 1.2) / cdf((np.log(0.3) + 1.2) / 1.2), u, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "std", "t0"), [(-1.2, 0.5, 0.05), (-1.2, 1.0, 0.3), (-9.0, 0.5, 1e-5)])
+def test_log_normal_times_are_finite_for_the_largest_u(mean, std, t0):
+  """The distribution function rounds to 1 in float32: infinite noise, if it were not cut off."""
+  t, _ = times.log_normal(mean, std).place(jd.VP(), jnp.float32(t0), jnp.float32(1) - 2.0 ** -jnp.arange(20.0, 25.0))
+  assert jnp.all(jnp.isfinite(t) & (t >= t0) & (t <= 1))
+
+
+def test_noise_error_is_the_mean_square_of_the_noise():
+  """Of a network that outputs 0: the mean of eps^2 over the dimensions, and the loss half its sum."""
+  x0 = jnp.ones((2000, 5))
+  loss = jd.losses.denoising(jd.VP(), PREDICTIONS["noise"])
+  value, aux = loss(jax.random.key(0), x0, lambda x, t: jnp.zeros_like(x))
+  assert abs(aux["noise_error"].mean() - 1) < 4 * np.sqrt(2 / 10_000)
+  np.testing.assert_allclose(value, 2.5 * aux["noise_error"], rtol=1e-5)
+
+
+def test_half_precision_data_do_not_overflow_the_sum():
+  x0 = jnp.ones((4, 3072), jnp.float16)
+  value, _ = jd.losses.denoising(jd.VP(), PREDICTIONS["score"])(jax.random.key(0), x0, lambda x, t: jnp.zeros_like(x))
+  assert value.dtype == jnp.float32
+  np.testing.assert_allclose(value, 3072 / 2, rtol=0.1)
+
+
 def test_stratified_times_put_one_in_each_cell():
   for offset in (0.0, 0.31, 1 - 6e-8):
     u = times.stratified(jnp.float32(offset), jnp.arange(16), 16)

@@ -42,10 +42,6 @@ def perturbed(params, scale=0.1):
   return tree.unflatten([p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
 
 
-def parameter_count(params):
-  return sum(p.size for p in jax.tree.leaves(params))
-
-
 def test_output_has_the_shape_of_the_input_and_is_zero_at_initialization(case):
   _, apply, x, t, params = case
   y = apply(params, x, t)
@@ -122,7 +118,7 @@ def test_attention_equals_the_textbook_formula():
   mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
   y = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(3, 8, 8)
   y = y * params["GroupNorm_0"]["scale"] + params["GroupNorm_0"]["bias"]
-  qkv = y @ params["query_key_value"]["kernel"] + params["query_key_value"]["bias"]
+  qkv = y @ params["query_key_value"]["kernel"]
   query, key, value = (a.reshape(3, 8, 2, 4) for a in np.split(qkv, 3, axis=-1))
   weights = scipy.special.softmax(np.einsum("bqhd,bkhd->bhqk", query, key) / 2.0, axis=-1)
   y = np.einsum("bhqk,bkhd->bqhd", weights, value).reshape(3, 8, 8)
@@ -140,6 +136,12 @@ def test_time_embedding_is_that_of_ddpm_and_resolves_small_times():
   # w t = 0.1 and 1 at the two smallest times: the largest change is |e^{i w t} - e^{i w t'}| of the fastest wave.
   assert jnp.linalg.norm(fine[1] - fine[0]) > 0.1
   assert jnp.linalg.norm(fine[2] - fine[1]) > 0.8
+
+
+def test_digits_network_has_the_stated_size():
+  net = UNet(channels=32, blocks=1)
+  params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+  assert sum(p.size for p in jax.tree.leaves(params)) == 657_089
 
 
 @pytest.mark.usefixtures("untyped")

@@ -52,7 +52,7 @@ def run_pmap(devices, optimizer, steps):
   step = make_train_step(denoise, optimizer, 0.9, BATCH)
   step = jax.pmap(functools.partial(step, axis_name="i"), axis_name="i", in_axes=(None, 0, 0), out_axes=None)
   state = init_state(params(), optimizer, jax.random.key(0))
-  split = lambda v: v.reshape(devices, BATCH // devices, *v.shape[1:])  # noqa: E731
+  split = lambda v: v.reshape(devices, BATCH // devices, *v.shape[1:])
   for _ in range(steps):
     state, metrics = step(state, jax.tree.map(split, data()), split(np.arange(BATCH, dtype=np.int32)))
   return jax.device_get(state._replace(key=jax.random.key_data(state.key))), jax.device_get(metrics)
@@ -102,7 +102,7 @@ def test_keys_and_uniforms_are_bitwise_equal_on_any_layout():
 
 def test_train_step_compiles_once():
   mesh, optimizer, traces, compilations = mesh_of(8), optax.adam(1e-3), [], []
-  listener = lambda name, seconds, **_: compilations.append(1) if name.endswith("/backend_compile_duration") else None  # noqa: E731
+  listener = lambda name, seconds, **_: compilations.append(1) if name.endswith("/backend_compile_duration") else None
 
   def objective(params, keys, batch):
     traces.append(1)

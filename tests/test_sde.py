@@ -40,7 +40,7 @@ def test_time_of_log_snr_inverts_log_snr(sde, x64):
 
 
 @EACH
-@pytest.mark.parametrize("fraction", [1e-6, 1e-5, 1e-3, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [1e-6, 1e-5, 1e-3, 0.5, 0.99, 0.999, 1.0])
 def test_float32_has_all_its_digits_at_both_ends_of_time(sde, fraction):
   """sigma = sqrt(1 - alpha^2) would be 5% off at t = 1e-5."""
   t = fraction * sde.t1
@@ -111,7 +111,7 @@ def test_prior_density_is_that_of_prior_samples(sde):
 
 @EACH
 def test_reverse_keeps_the_marginals_for_every_eta(sde, x64):
-  """On N(0, s^2) data the variance v of x_t obeys dv/dt = 2 a v - b^2: a the drift of the process reversed, b its noise."""
+  """On N(0, s^2) data the variance of x_t obeys dv/dt = 2 a v - b^2, for the reversed process with drift a, noise b."""
   s = 0.6
   for t in interior(sde, 5):
     variance = lambda t: sde.marginal(t)[0] ** 2 * s**2 + sde.marginal(t)[1] ** 2

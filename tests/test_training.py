@@ -148,7 +148,7 @@ def test_wrong_arguments_are_refused():
   state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
   with pytest.raises(ValueError, match="global_batch=16"):
     make_train_step(quadratic, optimizer, 0.9, 16)(state, {"x": jnp.zeros(8)}, jnp.asarray(INDEX))
-  with pytest.raises(TypeError, match="threefry"):
+  with pytest.raises(ValueError, match="threefry"):
     init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0, impl="rbg"))
   with pytest.raises(TypeError, match=r"params\['w'\].*int32"):
     init_state({"w": jnp.ones((), jnp.int32)}, optimizer, jax.random.key(0))
@@ -365,3 +365,28 @@ def test_progress_is_a_bar_on_a_terminal():
     progress.report(10, {"loss": 0.5})
   assert "10/10" in out.getvalue()
   assert "loss 0.5" in out.getvalue()
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shard_map_gives_the_gradient_of_jit(check_vma):
+  """With check_vma=True autodiff sums over devices by itself: the sum must not be taken twice."""
+  optimizer = optax.sgd(0.1)
+  step = make_train_step(quadratic, optimizer, 0.9, BATCH)
+  state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+  batch, index = {"x": jnp.arange(float(BATCH))}, jnp.asarray(INDEX)
+  mesh, whole, split = (
+    make_mesh(jax.local_devices()[:4]),
+    jax.sharding.PartitionSpec(),
+    jax.sharding.PartitionSpec("data"),
+  )
+  mapped = jax.shard_map(
+    lambda s, b, i: step(s, b, i, axis_name="data"),
+    mesh=mesh,
+    in_specs=(whole, split, split),
+    out_specs=(whole, whole),
+    check_vma=check_vma,
+  )
+  expected, metrics = jax.jit(step)(state, batch, index)
+  result, other = jax.jit(mapped)(state, batch, index)
+  np.testing.assert_allclose(result.params["w"], expected.params["w"], rtol=1e-6)
+  np.testing.assert_allclose(other["grad_norm"], metrics["grad_norm"], rtol=1e-6)

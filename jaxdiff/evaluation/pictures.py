@@ -50,7 +50,7 @@ def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[
   low, high = np.quantile(reference, [0.0, 1.0], axis=0)
   figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharex=True, sharey=True)
   for axis, values, title in zip(axes, (reference, points), ("data", "samples"), strict=True):
-    axis.scatter(*values.T, s=3, alpha=0.5, linewidths=0)
+    axis.scatter(values[:, 0], values[:, 1], s=3, alpha=0.5, linewidths=0)
     axis.set(title=title, aspect="equal", xlim=(low[0] - 0.5, high[0] + 0.5), ylim=(low[1] - 0.5, high[1] + 0.5))
   figure.savefig(path, dpi=120)
   plt.close(figure)
@@ -59,7 +59,7 @@ def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[
 def save_paths(path: Path, states: Float[np.ndarray, "k n 2"], reference: Float[np.ndarray, "m 2"]) -> None:
   """Write trajectories in the plane from the prior (open circles) to the samples (dots), over the data."""
   figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
-  axis.scatter(*reference.T, s=2, color="0.8", linewidths=0)
+  axis.scatter(reference[:, 0], reference[:, 1], s=2, color="0.8", linewidths=0)
   for k in range(states.shape[1]):
     (line,) = axis.plot(*states[:, k].T, linewidth=0.8)
     axis.plot(*states[0, k], "o", markerfacecolor="none", color=line.get_color())

@@ -17,6 +17,12 @@ from jaxdiff.data.pipeline import eval_batches
 from jaxdiff.sde import ScalarSDE
 from jaxdiff.typing import Params, ScoreFn
 
+_SAMPLING, _LIKELIHOOD = 2, 3  # streams of a seed; training takes 1
+
+
+def _sampling_key(seed: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), _SAMPLING)
+
 
 def draw(
   score: Callable[[Params], ScoreFn],
@@ -52,10 +58,11 @@ def draw(
     return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
 
   run = jax.jit(parallel.shard_examples(one_batch, mesh))
+  params = parallel.replicate(mesh, params)
   parts = []
   with tqdm(total=num, unit="sample", desc="sampling") as bar:
     for start in range(0, num, batch_size):
-      parts.append(jax.device_get(run(params, keys.example_keys(jax.random.key(seed), start, batch_size))))
+      parts.append(jax.device_get(run(params, keys.example_keys(_sampling_key(seed), start, batch_size))))
       bar.update(min(batch_size, num - start))
   return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
@@ -67,7 +74,7 @@ def trajectories(
 
   @jax.jit
   def run(score: ScoreFn) -> jax.Array:
-    prior_key, path_key = keys.split(keys.example_keys(jax.random.key(seed), 0, num))
+    prior_key, path_key = keys.split(keys.example_keys(_sampling_key(seed), 0, num))
     return sampler(path_key, sde.prior_sample(prior_key, (num, *shape)), score).path
 
   return np.asarray(run(score))
@@ -108,12 +115,13 @@ def log_likelihoods(
     return {"value": result.value, "standard_error": result.standard_error, "nfe": result.nfe, **status}
 
   run = jax.jit(parallel.shard_examples(one_batch, mesh))
+  params = parallel.replicate(mesh, params)
   parts, start = [], 0
   with tqdm(total=count, unit="example", desc="likelihood") as bar:
     for batch, valid in eval_batches(source, batch_size):
       if start >= count:
         break
-      example = keys.example_keys(jax.random.key(seed), start, batch_size)
+      example = keys.example_keys(jax.random.fold_in(jax.random.key(seed), _LIKELIHOOD), start, batch_size)
       part = jax.device_get(run(params, example, *jax.device_put([batch["x"]], parallel.batch_sharding(mesh))))
       parts.append({name: value[:valid] for name, value in part.items()})
       start += valid

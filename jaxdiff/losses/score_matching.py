@@ -48,9 +48,13 @@ def denoising(
     t0: smallest time; None for the time at which sigma / alpha = 1e-3.
 
   Returns:
-    loss(key, x0, network, cond={}, u=None) -> (loss [b] in nats, aux): `key` one key or one per example; `network` a
-    callable (x, t, **cond); `u: [b]` in [0, 1) places the times (a trainer passes stratified numbers of the global
+    loss(key, x0, network, cond={}, u=None) -> (loss [b], aux): half a weighted squared error, summed over dimensions;
+    with `weights.likelihood()`, (t1 - t0) times it is in nats. `key` is one key or one per example; `network` is
+    (x, t, **cond) -> [b, *d]; `u: [b]` in [0, 1) places the times (a trainer passes stratified numbers of the global
     batch), None draws them from `key`. aux: "t" and "noise_error", the mean squared error of the noise per dimension.
+
+  Raises:
+    ValueError: for a t0 outside [0, t1); when called, for stratified times without a batch to stratify.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -60,15 +64,15 @@ def denoising(
     (8,)
 
   References:
-    Vincent 2011, A Connection Between Score Matching and Denoising Autoencoders, eq. 11; Song et al. 2021a, Score-Based
-    Generative Modeling through SDEs, eq. 7; Song et al. 2021b, Maximum Likelihood Training, eq. 7, for the likelihood
-    weight.
+    Vincent 2011, A Connection Between Score Matching and Denoising Autoencoders, Section 4; Song et al. 2021a,
+    Score-Based Generative Modeling through SDEs, eq. 7; Song et al. 2021b, Maximum Likelihood Training, for the
+    likelihood weight.
   """
+  first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(
     key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
     noise_key, time_key = keys.split(keys.per_example(key, len(x0)))
     if u is None:
       u = times.draw(time, key, time_key, first.dtype)
@@ -76,9 +80,10 @@ def denoising(
     alpha, sigma = sde.marginal(t)
     x_t, noise = perturb(noise_key, x0, t, sde)
     output = call_network(network, prediction, sde, x_t, t, cond)
+    x0, noise, output = (value.astype(t.dtype) for value in (x0, noise, output))
     target = prediction.target(x0, noise, expand(alpha, x0), expand(sigma, x0))
     per_noise = noise_factor(prediction, alpha, sigma) ** 2
-    squared = per_noise * jnp.sum((output - target) ** 2, axis=range(1, x0.ndim)).astype(t.dtype)
+    squared = per_noise * jnp.sum((output - target) ** 2, axis=range(1, x0.ndim))
     dimension = x0[0].size
     return 0.5 * weight(sde, t) * correction * squared, {"t": t, "noise_error": squared / dimension}
 

@@ -72,7 +72,7 @@ def log_normal(mean: float = -1.2, std: float = 1.2, stratified: bool = True) ->
   def place(sde: ScalarSDE, t0: Array, u: Array) -> tuple[Array, Array]:
     ends = -0.5 * jnp.stack([log_snr(sde, t0), log_snr(sde, jnp.asarray(sde.t1, t0.dtype))])
     low, high = jax.scipy.stats.norm.cdf((ends - mean) / std)
-    level = mean + std * jax.scipy.special.ndtri(low + u * (high - low))
+    level = jnp.clip(mean + std * jax.scipy.special.ndtri(low + u * (high - low)), ends[0], ends[1])
     return jnp.clip(sde.time_of_log_snr(-2 * level), t0, sde.t1), jnp.ones_like(u)
 
   return Times(place, stratified)

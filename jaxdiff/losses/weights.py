@@ -21,7 +21,11 @@ def noise() -> Weight:
 
 
 def likelihood() -> Weight:
-  """g^2 on the score: times (t1 - t0) the loss bounds the negative log-likelihood (Song et al. 2021b, Theorem 1)."""
+  """g^2 on the score: maximum likelihood.
+
+  (t1 - t0) times the loss, in nats, bounds the negative log-likelihood up to a constant that does not depend on the
+  network (Song et al. 2021b, Maximum Likelihood Training of Score-Based Diffusion Models, Corollary 1).
+  """
   return lambda sde, t: (sde.diffusion(t) / sde.marginal(t)[1]) ** 2
 
 
@@ -33,7 +37,7 @@ def edm(sigma_data: float = 0.5) -> Weight:
 
 
 def min_snr(gamma: float = 5.0) -> Weight:
-  """min(SNR, gamma) on the denoised data (Hang et al. 2023, eq. 8)."""
+  """min(SNR, gamma) on the denoised data (Hang et al. 2023, Min-SNR Weighting Strategy, Section 3.4)."""
   if not gamma > 0:
     raise ValueError(f"gamma must be positive, the signal-to-noise ratio above which the weight is flat; got {gamma}")
   return lambda sde, t: jnp.minimum(1.0, gamma * jnp.exp(-log_snr(sde, t)))

@@ -1,6 +1,7 @@
 """Layers shared by the networks: time embedding, residual block, self-attention, resampling.
 
-Feature maps are [b, h, w, c]. Parameters are float32; `dtype` is the type of the computation.
+Feature maps are [b, h, w, c]. Parameters are float32; `dtype` is the type of the computation. Layers that a norm or a
+softmax follows have no bias: it would cancel, and Adam would turn the rounding of its zero gradient into steps.
 """
 
 import math
@@ -139,7 +140,7 @@ class SelfAttention(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     b, h, w, c = x.shape
     y = nn.GroupNorm(self.groups, dtype=self.dtype)(x).reshape(b, h * w, c)
-    qkv = nn.Dense(3 * c, dtype=self.dtype, name="query_key_value")(y)
+    qkv = nn.Dense(3 * c, dtype=self.dtype, use_bias=False, name="query_key_value")(y)
     query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
     y = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
     return x + nn.Dense(c, dtype=self.dtype, kernel_init=ZERO, name="output")(y)

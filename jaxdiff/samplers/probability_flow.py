@@ -16,6 +16,7 @@ from jaxdiff.sde import ScalarSDE, reverse
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
 
 _PATH_STEPS = 32
+_FIRST_STEP = 1e-2
 
 
 def probability_flow(
@@ -51,16 +52,20 @@ def probability_flow(
     True
   """
   flow.check_tolerances(rtol, atol, max_steps)
+  end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
+  nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
+  with jax.ensure_compile_time_eval():
+    start = float_time(sde.t1)
+    first_step = _FIRST_STEP * (start - end)
 
   def sampler(key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
     per_example(key, len(x_T))
     drift, _ = reverse(sde, score, eta=0.0)
-    start, end = float_time(sde.t1), start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
-    nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
 
     def one(x: Array, cond: dict[str, Array]) -> tuple[Array, Array, flow.Status]:
       batched = {name: value[None] for name, value in cond.items()}
-      return flow.solve(lambda t, y: drift(y[None], t, **batched)[0], x, start, end, rtol, atol, max_steps, nodes)
+      field = lambda t, y: drift(y[None], t, **batched)[0]
+      return flow.solve(field, x, start, end, first_step, rtol, atol, max_steps, nodes)
 
     out_axes = 1 if path else 0, 0, 0
     states, nfe, status = jax.vmap(one, out_axes=out_axes)(x_T, dict(cond))

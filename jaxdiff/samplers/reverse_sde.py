@@ -5,7 +5,7 @@ Euler-Maruyama, for a step of length h = t_i - t_{i+1} > 0 back in time (weak or
     x  <-  x - h [f - (1 + eta^2) / 2 g^2 score](x, t_i) + eta sqrt(h) g(t_i) z
 
 References:
-  Song et al. 2021, Score-Based Generative Modeling through SDEs, eq. 6 and Appendix E.
+  Song et al. 2021, Score-Based Generative Modeling through SDEs, eq. 6 and Section 4.1.
 """
 
 import jax

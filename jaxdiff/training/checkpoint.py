@@ -233,7 +233,7 @@ def _differences(saved: dict[str, Any], given: dict[str, Any], limit: int = 5) -
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in tree.items():
     flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
   return flat

@@ -76,7 +76,7 @@ def train(
       raise ValueError(f"{name}={value!r}: must be at least 1")
   index = shard_batch(mesh, np.arange(global_batch, dtype=np.int32))
   start = int(state.step)
-  pending = []
+  pending: list[dict[str, jax.Array]] = []
   with MetricsWriter(workdir, start) as writer, Progress(total_steps, start) as progress:
     since = time.perf_counter()
     for step in range(start + 1, total_steps + 1):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from jaxdiff import keys
+
 
 class TrainState(NamedTuple):
   """What `train_step` carries from step to step.
@@ -44,17 +46,16 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key
     The state at step 0; place it with `jaxdiff.parallel.replicate`.
 
   Raises:
-    TypeError: `key` is not one typed threefry key, or a parameter is not a float array.
+    TypeError, ValueError: `key` is not one typed threefry key, or a parameter is not a float array.
 
   Example:
     >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0))
     >>> int(state.step), state.ema_params["w"].dtype
     (0, dtype('float32'))
   """
-  if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) or key.shape != ():
-    raise TypeError(f"key: one typed key is needed, got {key!r}; make it with jax.random.key(seed)")
-  if str(jax.random.key_impl(key)) != "threefry2x32":
-    raise TypeError(f"key: only threefry keys give the same noise on every layout, got {jax.random.key_impl(key)}")
+  keys.check(key)
+  if key.shape != ():
+    raise ValueError(f"key must be one key, got shape {key.shape}")
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise TypeError(f"params{jax.tree_util.keystr(path)}: parameters must be floats, got {jnp.result_type(leaf)}")
@@ -65,7 +66,7 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key
   return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, jnp.copy(key))
 
 
-def wide(dtype: Any) -> type:
+def wide(dtype: Any) -> Any:
   """The dtype to accumulate `dtype` in: float64 for float64, else float32."""
   return jnp.float64 if dtype == jnp.float64 else jnp.float32
 

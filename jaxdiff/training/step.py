@@ -96,7 +96,11 @@ def make_train_step(
       means = jax.tree.map(lambda v: _sum(v) / global_batch, {"loss": losses, **aux})
       return means["loss"], means
 
-    grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+    params = state.params
+    if axis_name is not None:
+      # Differentiated as each device's own, or shard_map would sum the gradient over devices before psum does.
+      params = jax.tree.map(lambda p: jax.lax.pcast(p, axis_name, to="varying"), params)
+    grads, metrics = jax.grad(mean_loss, has_aux=True)(params)
     if axis_name is not None:
       grads, metrics = jax.lax.psum((grads, metrics), axis_name)
 
@@ -116,7 +120,7 @@ def _sum(values: Array) -> Array:
 
 def _average(ema_params: PyTree, params: PyTree, step: Int[Array, ""], ema_decay: float) -> PyTree:
   done = step.astype(jnp.float32)
-  rate = 1 - jnp.minimum(ema_decay, (1 + done) / (10 + done))
+  rate = jnp.maximum(1 - ema_decay, 9 / (10 + done))
   return jax.tree.map(lambda e, p: e + rate.astype(e.dtype) * (p.astype(e.dtype) - e), ema_params, params)
 
 

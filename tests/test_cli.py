@@ -1,0 +1,254 @@
+"""The command line end to end, on small data; commands run in this process, on its eight devices, unless killed."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff import cli, factory
+from jaxdiff.training import load_params
+from jaxdiff.training.metrics import read_metrics
+
+pytestmark = pytest.mark.standard_promotion
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+  "--config.network.width=16",
+  "--config.network.depth=1",
+  "--config.data.size=400",
+  "--config.train.batch_size=64",
+  "--config.train.steps=40",
+  "--config.train.log_every=10",
+  "--config.train.checkpoint_every=10",
+  "--config.sample.num=24",
+  "--config.sample.batch_size=16",
+  "--config.sampler.rtol=0.1",
+  "--config.sampler.atol=0.1",
+  "--config.likelihood.rtol=0.1",
+  "--config.likelihood.atol=0.1",
+  "--config.likelihood.limit=20",
+  "--config.likelihood.batch_size=16",
+  "--config.optimizer.warmup_steps=5",
+]
+TOY = [f"--config={ROOT / 'configs' / 'toy2d.py'}", *SMALL]
+
+
+def run(command, workdir, *arguments):
+  cli.main([command, f"--workdir={workdir}", *arguments])
+
+
+def fails(code, capsys, command, workdir, *arguments):
+  with pytest.raises(SystemExit) as exit:
+    run(command, workdir, *arguments)
+  assert exit.value.code == code
+  return capsys.readouterr().err
+
+
+def params_of(workdir):
+  config = factory.read(pathlib.Path(workdir) / "config.json")
+  source = factory.make_source(config, "train")
+  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  return [load_params(pathlib.Path(workdir) / "checkpoints", shapes, ema=ema) for ema in (False, True)]
+
+
+def assert_same(a, b):
+  for x, y in zip(jax.tree.leaves(params_of(a)), jax.tree.leaves(params_of(b)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run") / "toy"
+  run("train", workdir, *TOY)
+  return workdir
+
+
+def test_train_writes_a_run(trained):
+  assert {"config.json", "checkpoints", "metrics.jsonl", "loss.png", "tensorboard"} <= {
+    p.name for p in trained.iterdir()
+  }
+  records = read_metrics(trained / "metrics.jsonl")
+  assert [record["step"] for record in records] == [10, 20, 30, 40]
+  assert factory.read(trained / "config.json")["train"]["steps"] == 40
+  assert params_of(trained)[0][1] == 40
+
+
+def test_training_again_adds_nothing(trained, capsys):
+  before = [p[0] for p in params_of(trained)]
+  run("train", trained)
+  assert "continuing from step 40" in capsys.readouterr().err
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves([p[0] for p in params_of(trained)]), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_sample_finds_the_run_s_own_config(trained, capsys):
+  run("sample", trained)
+  assert str(trained / "samples.png") in capsys.readouterr().out
+  drawn = np.load(trained / "samples.npz", allow_pickle=False)
+  assert drawn["x"].shape == (24, 2)
+  assert drawn["nfe"].min() > 0
+  for name in ("samples.png", "denoising.png"):
+    assert np.asarray(Image.open(trained / name)).std() > 5
+
+
+def test_likelihood_reports_mean_error_and_settings(trained, capsys):
+  run("likelihood", trained)
+  report = json.loads((trained / "likelihood.json").read_text())
+  values = np.load(trained / "likelihood.npz", allow_pickle=False)["value"]
+  assert values.shape == (20,)
+  result = report["results"]["model"]
+  assert result["mean"] == pytest.approx(values.mean(), rel=1e-6)
+  assert result["standard_error"] == pytest.approx(values.std(ddof=1) / np.sqrt(20), rel=1e-5)
+  assert report["nfe"]["min"] <= report["nfe"]["mean"] <= report["nfe"]["max"]
+  assert (report["examples"], report["failed"], report["checkpoint_step"]) == (20, 0, 40)
+  assert report["settings"]["rtol"] == 0.1
+  out = capsys.readouterr().out
+  assert "toy2d/moons, test: 20 examples, log-density, nats" in out
+  assert f"{result['mean']:8.4f}" in out
+
+
+def test_images_from_raw_digits_to_bits(tmp_path, capsys):
+  """The digits config with a tiny network and few steps: PNG grids, and the table with its baselines."""
+  arguments = [
+    f"--config={ROOT / 'configs' / 'digits.py'}",
+    "--config.network.channels=8",
+    "--config.network.channel_multipliers=(1,)",
+    "--config.train.steps=3",
+    "--config.train.batch_size=32",
+    "--config.optimizer.warmup_steps=1",
+    "--config.sampler.grid.steps=4",
+    "--config.sample.num=9",
+    "--config.sample.batch_size=16",
+    "--config.likelihood.rtol=0.1",
+    "--config.likelihood.atol=0.1",
+    "--config.likelihood.batch_size=24",
+    "--config.data.held_out=24",
+  ]
+  run("train", tmp_path, *arguments)
+  run("sample", tmp_path)
+  run("likelihood", tmp_path)
+  assert Image.open(tmp_path / "samples.png").size == Image.open(tmp_path / "samples.png").size[::-1]
+  results = json.loads((tmp_path / "likelihood.json").read_text())["results"]
+  assert list(results) == ["uniform", "per-pixel histogram", "full-covariance Gaussian", "model"]
+  assert results["uniform"]["mean"] == pytest.approx(np.log2(17))
+  out = capsys.readouterr().out
+  for name in ("checkpoints", "samples.png", "denoising.png", "loss.png", "likelihood.json", "config.json"):
+    assert str(tmp_path / name) in out
+
+
+def script(workdir, *arguments):
+  """The same command in a process of its own, on one device."""
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "jaxdiff.cli", "train", f"--workdir={workdir}", *arguments]
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_a_random_step_and_run_again_ends_at_the_same_bits(tmp_path):
+  """SIGKILL once some steps are logged; what is left continues from the newest checkpoint."""
+  arguments = [*TOY, "--config.train.steps=400", "--config.train.log_every=1", "--config.train.checkpoint_every=37"]
+  assert script(tmp_path / "whole", *arguments).wait(timeout=300) == 0
+  target = int(np.random.default_rng().integers(50, 300))
+  process, metrics = script(tmp_path / "killed", *arguments), tmp_path / "killed" / "metrics.jsonl"
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline and not (metrics.exists() and len(read_metrics(metrics)) >= target):
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL, f"finished before the kill at step {target}"
+  assert script(tmp_path / "killed", *arguments).wait(timeout=300) == 0
+  assert_same(tmp_path / "whole", tmp_path / "killed")
+  steps = [record["step"] for record in read_metrics(metrics)]
+  assert steps == list(range(1, 401))
+
+
+def test_another_config_s_workdir_is_refused(trained, capsys):
+  error = fails(2, capsys, "train", trained, *TOY, "--config.optimizer.learning_rate=0.5", "--config.seed=3")
+  assert "holds another run: config.optimizer.learning_rate was 0.002, is 0.5; config.seed was 0, is 3" in error
+  assert factory.read(trained / "config.json")["seed"] == 0
+
+
+def test_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path, capsys):
+  shutil.copytree(trained, tmp_path / "run")
+  newest = tmp_path / "run" / "checkpoints" / "40" / "state"
+  for file in newest.rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  with pytest.warns(UserWarning, match=r"checkpoint 40 in .* cannot be read .*using checkpoint 30"):
+    run("train", tmp_path / "run")
+  assert "continuing from step 30" in capsys.readouterr().err
+  assert_same(trained, tmp_path / "run")
+
+
+def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+  arguments = [*TOY, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=12"]
+  error = fails(1, capsys, "train", tmp_path / "run", *arguments)
+  assert "of steps" in error
+  assert "Lower the learning rate" in error
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([*TOY, "--config.train.batch_size=60"], "config.train.batch_size = 60 cannot be split over 8 devices; take 64"),
+    ([*TOY, "--config.train.batch_size=800"], "config.train.batch_size = 800 exceeds the 400 training examples"),
+    ([*TOY, "--config.sde.type=VPP"], "config.sde.type is 'VPP'; did you mean 'VP'?"),
+    ([*TOY, "--config.sde.beta_mix=1"], 'Did you mean "beta_min" instead of "beta_mix"?'),
+    ([*TOY, "--config.data.name=moon"], "did you mean 'moons'?"),
+    ([*TOY, "--config.train.steps=many"], "--config.train.steps=many"),
+    ([*TOY, "steps=3"], "unexpected argument 'steps=3'"),
+    (["--config=nowhere.py"], "--config=nowhere.py is not a file"),
+    ([], "config.json does not exist: train first, or give --config=FILE"),
+  ],
+)
+def test_mistakes_end_at_once_with_a_message(arguments, message, tmp_path, capsys):
+  assert message in fails(2, capsys, "train", tmp_path / "run", *arguments)
+  assert not (tmp_path / "run").exists()
+
+
+def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
+  assert "config.sample.batch_size = 12 cannot be split over 8 devices" in fails(
+    2, capsys, "sample", trained, "--config.sample.batch_size=12"
+  )
+  assert "did you mean 'test'" in fails(2, capsys, "likelihood", trained, "--config.likelihood.split=tests")
+  assert "holds no checkpoint: train first" in fails(2, capsys, "sample", tmp_path / "none", *TOY)
+  assert "holds another model" in fails(2, capsys, "sample", trained, "--config.network.width=17")
+  with pytest.raises(SystemExit):
+    cli.main(["trian", "--workdir=x"])
+  assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    cli.main(["train"])
+  assert "--workdir=DIR is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("x", "levels", "message"),
+  [
+    (np.full((40, 4), np.nan, np.float32), None, "NaN"),
+    (np.full((40, 2, 2, 1), 9, np.uint8), 4, "9"),
+    (np.ones((40, 2, 2, 1), np.float32), 4, "integer"),
+  ],
+)
+def test_bad_data_are_named_before_any_training(x, levels, message, tmp_path, capsys):
+  np.savez(tmp_path / "x.npz", x=x)
+  (tmp_path / "config.py").write_text(
+    f"import runpy\nfrom ml_collections import ConfigDict\n\n"
+    f"def get_config():\n  config = runpy.run_path({str(ROOT / 'configs' / 'toy2d.py')!r})['get_config']()\n"
+    f"  config.data = ConfigDict({{'type': 'npz', 'path': {str(tmp_path / 'x.npz')!r}, 'levels': {levels}}})\n"
+    "  return config\n"
+  )
+  arguments = [f"--config={tmp_path / 'config.py'}", *(a for a in SMALL if "data.size" not in a)]
+  assert message in fails(2, capsys, "train", tmp_path / "run", *arguments)
+
+
+def test_help_lists_the_commands(capsys):
+  cli.main(["--help"])
+  out = capsys.readouterr().out
+  for command in cli.COMMANDS:
+    assert command in out

@@ -1,0 +1,149 @@
+import copy
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff as jd
+from jaxdiff import factory
+from jaxdiff.data import sources
+from jaxdiff.data.examples import from_arrays
+from jaxdiff.factory import ConfigError
+
+pytestmark = pytest.mark.standard_promotion
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return factory.normalize(module.get_config())
+
+
+def changed(config, path, value):
+  config = copy.deepcopy(config)
+  *parents, last = path.split(".")
+  section = config
+  for name in parents:
+    section = section[name]
+  section[last] = value
+  return config
+
+
+@pytest.fixture(scope="module")
+def toy():
+  return load(next(path for path in CONFIGS if path.stem == "toy2d"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_builds(path):
+  config = load(path)
+  factory.check(config)
+  source = factory.make_source(config, "train")
+  params = factory.init_params(config, source)
+  x, t = jnp.zeros((2, *source.shape)), jnp.full(2, 0.5)
+  assert factory.make_score(config)(params)(x, t).shape == x.shape
+  assert "jaxdiff train --config=configs/" in pathlib.Path(path).read_text()
+
+
+def test_config_survives_json(toy, tmp_path):
+  config = changed(toy, "network.channel_multipliers", (1, 2))
+  factory.write(config, tmp_path / "config.json")
+  assert factory.read(tmp_path / "config.json") == config
+
+
+def test_identity_ignores_what_does_not_change_the_training(toy):
+  same = changed(changed(toy, "sample.num", 7), "train.log_every", 3)
+  assert factory.identity(same) == factory.identity(toy)
+  assert factory.identity(changed(toy, "train.steps", 7)) != factory.identity(toy)
+
+
+@pytest.mark.parametrize("kind", factory.PROCESSES)
+@pytest.mark.parametrize("prediction", factory.PREDICTIONS)
+def test_every_process_and_prediction_by_name(toy, kind, prediction):
+  config = changed(changed(toy, "sde", {"type": kind}), "prediction", {"type": prediction})
+  factory.check(config)
+  params = factory.init_params(config, from_arrays(np.zeros((4, 2), np.float32)))
+  score = factory.make_score(config)(params)
+  assert jnp.all(jnp.isfinite(score(jnp.ones((2, 2)), 0.3)))
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("sde.type", "VPP", r"config.sde.type is 'VPP'; did you mean 'VP'\? valid: CosineVP, EDM, SubVP, VE, VP"),
+    ("sde.beta_mim", 0.1, r"config.sde.beta_mim does not exist; did you mean 'beta_min'\?"),
+    ("sde.beta_max", -9.0, "config.sde: the log-SNR must be finite and fall with time"),
+    ("sampel", {}, r"config.sampel does not exist; did you mean 'sample'\?"),
+    ("seed", -1, "config.seed must be an integer"),
+    ("prediction.sigma_data", 0.0, "config.prediction: sigma_data must be positive"),
+    ("loss.weight.type", "likelyhood", r"config.loss.weight.type is 'likelyhood'; did you mean 'likelihood'\?"),
+    (
+      "loss.time",
+      {"type": "uniform", "strata": 1},
+      r"config.loss.time.strata does not exist; did you mean 'stratified'",
+    ),
+    ("network.widht", 3, r"config.network.widht does not exist; did you mean 'width'\?"),
+    ("optimizer.learning_rate", -1.0, "config.optimizer: learning_rate=-1.0: must be > 0"),
+    ("optimizer", {"warmup_steps": 1}, "config.optimizer needs a value for learning_rate"),
+    ("train.batch_size", 0, "config.train.batch_size must be at least 1, got 0"),
+    ("train.ema_decay", 1.0, r"config.train.ema_decay must be in \[0, 1\), got 1.0"),
+    ("sample.num", 0, "config.sample.num must be at least 1"),
+    ("sampler", {"type": "reverse_sde", "grid": {"steps": 0}}, "config.sampler.grid: steps must be at least 1"),
+    ("sampler.grid", {"steps": 5}, "config.sampler.grid does not exist"),
+    ("likelihood.rtol", 0.0, "config.likelihood: rtol must be positive"),
+    ("likelihood.divergence.type", "hutch", r"did you mean 'hutchinson'\?"),
+    ("likelihood.limit", 0, "config.likelihood.limit must be at least 1"),
+  ],
+)
+def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
+  with pytest.raises(ConfigError, match=message):
+    factory.check(changed(toy, path, value))
+
+
+def test_missing_sections_are_named(toy):
+  config = copy.deepcopy(toy)
+  del config["sampler"], config["loss"]
+  with pytest.raises(ConfigError, match="config needs loss, sampler"):
+    factory.check(config)
+
+
+def test_network_that_does_not_fit_the_data_is_refused(toy, untyped):
+  config = changed(toy, "network", {"type": "UNet", "channels": 8, "channel_multipliers": (1, 1, 1, 1, 1)})
+  source = sources.digits("train")
+  with pytest.raises(ConfigError, match=r"config.network does not fit data of shape \(8, 8, 1\).*height of x"):
+    factory.init_params(config, source)
+
+
+def test_data_mistakes_are_named(toy, tmp_path):
+  with pytest.raises(ConfigError, match=r"config.data: .*moons"):
+    factory.make_source(changed(toy, "data.name", "moon"), "train")
+  np.savez(tmp_path / "x.npz", x=np.full((20, 2), np.nan, np.float32))
+  with pytest.raises(ConfigError, match=r"config.data: .*(NaN|finite)"):
+    factory.make_source(changed(toy, "data", {"type": "npz", "path": str(tmp_path / "x.npz")}), "train")
+
+
+def objective_values(config, source, batch):
+  params = factory.init_params(config, source)
+  params = jax.tree.map(lambda p: p + 0.01, params)
+  objective = factory.make_objective(config, source)
+  keys = jd.example_keys(jax.random.key(0), 0, len(batch))
+  u = jnp.linspace(0.0, 1.0, len(batch), endpoint=False)
+  return jax.jit(lambda p: objective(p, keys, {"x": jnp.asarray(batch), "u": u})[0])(params)
+
+
+def test_objective_dequantizes_flips_and_drops(toy):
+  digits = sources.digits("train")
+  batch = digits.gather(np.arange(8))["x"]
+  config = changed(toy, "network", {"type": "UNet", "channels": 8, "channel_multipliers": (1,), "blocks": 1})
+  plain = objective_values(config, digits, batch)
+  flipped = objective_values(changed(config, "train.random_flip", True), digits, batch)
+  dropped = objective_values(changed(config, "network.dropout", 0.5), digits, batch)
+  assert 0 < np.count_nonzero(np.asarray(plain == flipped)) < 8
+  assert jnp.all(plain != dropped)
+  with pytest.raises(ConfigError, match="random_flip mirrors images"):
+    factory.make_objective(changed(toy, "train.random_flip", True), from_arrays(np.zeros((4, 2), np.float32)))

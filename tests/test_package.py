@@ -1,0 +1,55 @@
+"""What the package promises as a whole: a light import, public names, files and functions of a size to be read."""
+
+import ast
+import operator
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxdiff as jd
+
+PACKAGE = pathlib.Path(jd.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_import_is_light():
+  heavy = (
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax",
+    "grain",
+    "matplotlib",
+    "flax",
+    "optax",
+    "ml_collections",
+  )
+  code = f"import jaxdiff, sys; print([name for name in {heavy} if name in sys.modules])"
+  output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+  assert output.strip() == "[]"
+
+
+def test_public_names_of_the_design_exist():
+  names = (
+    "SDE ScalarSDE VP SubVP VE EDM CosineVP perturb reverse example_keys raise_if_failed time_grid score_fn denoised "
+    "losses.denoising samplers.reverse_sde samplers.probability_flow likelihood.log_prob likelihood.bits_per_dim "
+    "divergence.exact divergence.hutchinson predictions.noise predictions.data predictions.velocity predictions.score "
+    "predictions.edm typing.Sample typing.LogProb"
+  )
+  for name in names.split():
+    assert operator.attrgetter(name)(jd) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short_and_documented(path):
+  text = path.read_text(encoding="utf-8")
+  tree = ast.parse(text)
+  assert len(text.splitlines()) <= 420
+  assert ast.get_docstring(tree)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node.col_offset == 0:
+      assert ast.get_docstring(node), f"{node.name} has no docstring"
+    if isinstance(node, ast.FunctionDef):
+      documentation = len((ast.get_docstring(node) or "").splitlines())
+      assert node.end_lineno - node.lineno - documentation <= 60, f"{node.name} is long"
