@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   config.sde = ConfigDict({"type": "VP", "beta_min": 0.1, "beta_max": 20.0})
   config.prediction = ConfigDict({"type": "edm", "sigma_data": 1.0})
   config.loss = ConfigDict({"type": "denoising", "weight": {"type": "likelihood"}, "time": {"type": "importance"}})
-  config.network = ConfigDict({"type": "MLP", "width": 128, "depth": 3})
+  config.network = ConfigDict({"type": "MLP", "width": 128, "depth": 3, "max_frequency": 10.0})
   config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0})
   config.train = ConfigDict(
     {

@@ -163,7 +163,9 @@ def sample(config: Config, workdir: Path) -> None:
   )
   if len(source.shape) == 3:
     pictures.save_grid(workdir / "samples.png", drawn["x"], columns=round(settings.num**0.5))
-    shown = paths[np.linspace(0, len(paths) - 1, 12).round().astype(int)]
+    # Most of the way is pure noise or all but done: ten of twelve columns show the middle half.
+    fractions = np.array([0.0, *np.linspace(0.25, 0.75, 10), 1.0])
+    shown = paths[(fractions * (len(paths) - 1)).round().astype(int)]
     pictures.save_grid(workdir / "denoising.png", shown.swapaxes(0, 1).reshape(-1, *source.shape), columns=12)
   elif source.shape == (2,):
     data = source.gather(np.arange(min(len(source), settings.num)))["x"]

@@ -64,20 +64,22 @@ def solve(
     return field(t, y)
 
   with jax.ensure_compile_time_eval():
-    start, end = float_time(start), float_time(end)
-    span = end - start
-    smallest = _SMALLEST_STEP * jnp.abs(span)
-    first = jnp.sign(span) * jnp.where(first_step > smallest, first_step, 1e-2 * jnp.abs(span))
-  # The sign of a traced dt0 would be checked by a callback to the host: a traced process leaves the choice to diffrax.
-  dt0 = None if isinstance(first, jax.core.Tracer) else first
+    t0, t1 = float_time(start), float_time(end)
+    smallest = _SMALLEST_STEP * jnp.abs(t1 - t0)
+    dt0 = jnp.sign(t1 - t0) * jnp.where(first_step > smallest, first_step, 1e-2 * jnp.abs(t1 - t0))
+  times: dict[str, Any] = {"t0": t0, "t1": t1, "dt0": dt0}
+  # diffrax checks the order of times that are arrays by a callback to the host, of Python numbers here and now; a
+  # traced process leaves the first step to diffrax.
+  if any(isinstance(time, jax.core.Tracer) for time in times.values()):
+    times["dt0"] = None
+  else:
+    times = {name: float(time) for name, time in times.items()}
   with jax.default_matmul_precision("highest"):
     solution = diffrax.diffeqsolve(
       diffrax.ODETerm(vector_field),
       diffrax.Tsit5(),
-      t0=start,
-      t1=end,
-      dt0=dt0,
       y0=y0,
+      **times,
       saveat=diffrax.SaveAt(t1=True) if at is None else diffrax.SaveAt(ts=at),
       stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False),
       max_steps=max_steps,

@@ -73,7 +73,7 @@ def save_loss(path: Path, steps: Sequence[int], loss: Sequence[float], label: st
   """Write the training loss over the steps."""
   figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
   axis.plot(steps, loss, linewidth=1)
-  axis.set(xlabel="step", ylabel=label, yscale="log" if min(loss) > 0 else "linear", title="training loss")
-  axis.grid(alpha=0.3, which="both")
+  axis.set(xlabel="step", ylabel=label, title="training loss")
+  axis.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
   plt.close(figure)
