@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  uv venv --quiet --clear --python $(PYTHON) $(VENV) && \
 	  uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[train,test,dev]'; \
 	else \
-	  $(PYTHON) -m venv --clear $(VENV) && \
+	  { $(PYTHON) -m venv --clear $(VENV) || { echo "$(PYTHON) cannot create environments; on Debian or Ubuntu: apt install python3-venv"; exit 1; }; } && \
 	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test,dev]'; \
 	fi
 	@touch $@

@@ -143,6 +143,14 @@ def _diffuse(sde: ScalarSDE, t: Time, v: State) -> State:
   return expand(sde.diffusion(t), v) * v
 
 
+def _no_drift(sde: SDE, x: State, t: Time) -> State:
+  return jnp.zeros_like(x)
+
+
+def _linear_beta_drift(sde: Any, x: State, t: Time) -> State:
+  return expand(-0.5 * schedules.linear_beta(float_time(t), sde.beta_min, sde.beta_max), x) * x
+
+
 def _unit_prior_sample(sde: SDE, key: Keys, shape: tuple[int, ...]) -> State:
   return keys.normal(keys.per_example(key, shape[0]), shape, jnp.result_type(float))
 
@@ -169,11 +177,8 @@ class VP:
   beta_max: Scalar = 20.0
 
   t1 = 1.0
-  diffuse = _diffuse
+  drift, diffuse = _linear_beta_drift, _diffuse
   prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
-
-  def drift(self, x: State, t: Time) -> State:
-    return expand(-0.5 * schedules.linear_beta(float_time(t), self.beta_min, self.beta_max), x) * x
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     return jnp.sqrt(schedules.linear_beta(float_time(t), self.beta_min, self.beta_max))
@@ -195,11 +200,8 @@ class SubVP:
   beta_max: Scalar = 20.0
 
   t1 = 1.0
-  diffuse = _diffuse
+  drift, diffuse = _linear_beta_drift, _diffuse
   prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
-
-  def drift(self, x: State, t: Time) -> State:
-    return expand(-0.5 * schedules.linear_beta(float_time(t), self.beta_min, self.beta_max), x) * x
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     t = float_time(t)
@@ -259,15 +261,12 @@ class VE:
   sigma_max: Scalar = 50.0
 
   t1 = 1.0
-  diffuse = _diffuse
+  drift, diffuse = _no_drift, _diffuse
   prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
 
   @property
   def _log_ratio(self) -> Array:
     return jnp.log(self.sigma_max) - jnp.log(self.sigma_min)
-
-  def drift(self, x: State, t: Time) -> State:
-    return jnp.zeros_like(x)
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     return self.marginal(t)[1] * jnp.sqrt(2 * self._log_ratio)
@@ -287,15 +286,12 @@ class EDM:
 
   sigma_max: Scalar = 80.0
 
-  diffuse = _diffuse
+  drift, diffuse = _no_drift, _diffuse
   prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
 
   @property
   def t1(self) -> Scalar:
     return self.sigma_max
-
-  def drift(self, x: State, t: Time) -> State:
-    return jnp.zeros_like(x)
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     return jnp.sqrt(2 * float_time(t))

@@ -373,10 +373,10 @@ def test_the_state_is_the_number_of_batches_on_any_number_of_processes():
   assert take(iterator, 2) == [rows[2:] for rows in whole[7:]]
 
 
-def test_fingerprint_survives_json_and_names_what_changed():
+def test_fingerprint_survives_json_and_tells_batches_apart():
   source = sources.digits("train")
   current = pipeline.fingerprint(source, 128, 0)
-  pipeline.check_fingerprint(json.loads(json.dumps(current)), current)
+  assert json.loads(json.dumps(current)) == current
   changes = {
     "seed": pipeline.fingerprint(source, 128, 1),
     "batch_size": pipeline.fingerprint(source, 64, 0),
@@ -386,10 +386,7 @@ def test_fingerprint_survives_json_and_names_what_changed():
     "levels": pipeline.fingerprint(sources.from_arrays(IMAGES, levels=2), 2, 0),
   }
   for entry, changed in changes.items():
-    with pytest.raises(ValueError, match=rf"data: .*{entry} was .*, is .*; restore the setting or start anew"):
-      pipeline.check_fingerprint(current, changed)
-  with pytest.raises(ValueError, match="order was None"):
-    pipeline.check_fingerprint({k: v for k, v in current.items() if k != "order"}, current)
+    assert changed[entry] != current[entry]
 
 
 def test_content_hash_sees_one_changed_label():

@@ -9,13 +9,13 @@ size 128.)
 Each process reads its own consecutive rows of that one global batch. So the global batches, row by row, are the same
 for any number of processes, also where the data do not divide evenly, and the iterator's state, `{"next_index": k}`, is
 the number of batches taken, whatever the topology. It holds neither seed nor data: store `fingerprint` beside it and
-compare with `check_fingerprint` before resuming.
+compare before resuming.
 """
 
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -145,24 +145,6 @@ def fingerprint(source: Source, batch_size: int, seed: int) -> dict[str, Any]:
     "seed": seed,
     "order": hashlib.sha256(probe.tobytes()).hexdigest()[:16],
   }
-
-
-def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-  """Refuses to resume where the batches would not continue the saved run's.
-
-  Raises:
-    ValueError: an entry differs; every such entry is named with both values.
-
-  Example:
-    >>> check_fingerprint({"seed": 0}, {"seed": 1})
-    Traceback (most recent call last):
-    ...
-    ValueError: data: the checkpoint was trained on other batches: seed was 0, is 1; restore the setting or start anew
-  """
-  differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-  if differing:
-    changes = ", ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in differing)
-    raise ValueError(f"data: the checkpoint was trained on other batches: {changes}; restore the setting or start anew")
 
 
 def _order(source: Source, seed: int) -> Callable[[np.ndarray], np.ndarray]:
