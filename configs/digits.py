@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
       "rtol": 1e-4,
       "atol": 1e-4,
       "split": "test",
+      "limit": 0,
       "batch_size": 120,
       "seed": 0,
     }

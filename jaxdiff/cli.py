@@ -161,7 +161,7 @@ def sample(config: Config, workdir: Path) -> None:
     min(settings.trajectories, settings.num),
     settings.seed,
   )
-  if len(source.shape) == 3:
+  if len(source.shape) == 3 and source.shape[-1] in (1, 3):
     pictures.save_grid(workdir / "samples.png", drawn["x"], columns=round(settings.num**0.5))
     # Most of the way is pure noise or all but done: ten of twelve columns show the middle half.
     fractions = np.array([0.0, *np.linspace(0.25, 0.75, 10), 1.0])
@@ -187,7 +187,7 @@ def likelihood(config: Config, workdir: Path) -> None:
     factory.make_log_prob(config),
     held_out,
     settings.limit,
-    min(settings.batch_size, len(held_out) - len(held_out) % mesh.size),
+    _batch_size(settings.batch_size, min(len(held_out), settings.limit or len(held_out)), mesh.size),
     settings.seed,
     mesh,
   )
@@ -212,8 +212,25 @@ def likelihood(config: Config, workdir: Path) -> None:
   status.check(values["code"], values["accepted"])
   print(_table(f"{held_out.name}, {settings.split}: {report['examples']} examples, {report['unit']}", rows))
   print(f"{report['nfe']['mean']:.0f} network evaluations an example ({report['nfe']['min']}-{report['nfe']['max']})")
-  written = ("likelihood.json", "likelihood.npz", "samples.png", "denoising.png", "loss.png", "config.json")
-  _list(workdir, "checkpoints", *(name for name in written if (workdir / name).exists()))
+  _list(
+    workdir,
+    "checkpoints",
+    "likelihood.json",
+    "likelihood.npz",
+    "samples.png",
+    "denoising.png",
+    "loss.png",
+    "config.json",
+  )
+
+
+def _batch_size(wanted: int, examples: int, devices: int) -> int:
+  """The wanted batch size, or what the examples fill."""
+  if examples < devices:
+    raise ConfigError(
+      f"{examples} examples cannot be split over {devices} devices: evaluate more, or use fewer devices"
+    )
+  return min(wanted, examples - examples % devices)
 
 
 def _finite(value: float) -> float | None:
@@ -239,8 +256,10 @@ def _table(title: str, rows: dict[str, baselines.Bits]) -> str:
 
 
 def _list(workdir: Path, *names: str) -> None:
+  """Print the paths of what is there."""
   for name in names:
-    print(workdir / name)
+    if (workdir / name).exists():
+      print(workdir / name)
 
 
 COMMANDS: dict[str, Callable[[Config, Path], None]] = {"train": train, "sample": sample, "likelihood": likelihood}
@@ -311,6 +330,9 @@ def main(argv: list[str] | None = None) -> None:
   except (training.CheckpointError, training.NonFiniteError, status.SolveError) as error:
     _say(f"jaxdiff: {error}")
     sys.exit(1)
+  except KeyboardInterrupt:
+    _say("jaxdiff: interrupted; the same command continues a training from its newest checkpoint")
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -86,10 +86,10 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodSettings:
-  """What to evaluate: a split, or its first `limit` examples; how many at a time."""
+  """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time."""
 
   split: str = "test"
-  limit: int | None = None
+  limit: int = 0
   batch_size: int = 120
   seed: int = 0
 
@@ -221,7 +221,7 @@ def init_params(config: Config, source: Source) -> Any:
   """Initial parameters, from the seed of the config; `jax.eval_shape` of this gives their shapes."""
   x = jnp.zeros((1, *source.shape))
   try:
-    return make_network(config).init(jax.random.key(config["seed"]), x, jnp.ones(1))
+    return jax.jit(make_network(config).init)(jax.random.key(config["seed"]), x, jnp.ones(1))
   except ValueError as error:
     raise ConfigError(f"config.network does not fit data of shape {source.shape}: {error}") from error
 
@@ -257,8 +257,8 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   settings = LikelihoodSettings(**{n: v for n, v in config["likelihood"].items() if n in names})
   if settings.batch_size < 1:
     raise ConfigError(f"config.likelihood.batch_size must be at least 1, got {settings.batch_size}")
-  if settings.limit is not None and settings.limit < 1:
-    raise ConfigError(f"config.likelihood.limit must be at least 1, or None for all; got {settings.limit}")
+  if settings.limit < 0:
+    raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
   return settings
 
 

@@ -100,7 +100,7 @@ def test_likelihoods_do_not_depend_on_batch_size_or_devices(devices):
   run = lambda limit, batch, mesh: runs.log_likelihoods(
     score_of, jnp.float32(1.0), log_prob, source, limit, batch, 3, mesh
   )
-  reference = run(None, 10, parallel.make_mesh(jax.local_devices()[:1]))
+  reference = run(0, 10, parallel.make_mesh(jax.local_devices()[:1]))
   other = run(7, 4, mesh)
   assert other["value"].shape == (7,)
   np.testing.assert_allclose(other["value"], reference["value"][:7], atol=1e-3)
@@ -112,5 +112,5 @@ def test_integers_are_reported_in_bits():
   mesh = parallel.make_mesh(jax.local_devices()[:1])
   log_prob = jd.likelihood.log_prob(jd.VP(), jd.divergence.exact(), rtol=1e-3, atol=1e-3)
   score = lambda params: lambda x, t: -x
-  values = runs.log_likelihoods(score, None, log_prob, source, None, 6, 0, mesh)["value"]
+  values = runs.log_likelihoods(score, None, log_prob, source, 0, 6, 0, mesh)["value"]
   assert np.all((values > 1.5) & (values < 4))

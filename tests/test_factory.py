@@ -97,7 +97,7 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
     ("sampler.grid", {"steps": 5}, "config.sampler.grid does not exist"),
     ("likelihood.rtol", 0.0, "config.likelihood: rtol must be positive"),
     ("likelihood.divergence.type", "hutch", r"did you mean 'hutchinson'\?"),
-    ("likelihood.limit", 0, "config.likelihood.limit must be at least 1"),
+    ("likelihood.limit", -1, "config.likelihood.limit must be at least 1"),
   ],
 )
 def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):

@@ -85,7 +85,7 @@ def log_likelihoods(
   params: Params,
   log_prob: Callable[..., Any],
   source: Source,
-  limit: int | None,
+  limit: int,
   batch_size: int,
   seed: int,
   mesh: Mesh,
@@ -97,7 +97,7 @@ def log_likelihoods(
     params: the parameters.
     log_prob: from `jaxdiff.likelihood.log_prob`.
     source: the examples; integers of `source.levels` levels are dequantized, floats taken as they are.
-    limit: how many examples, None for all.
+    limit: how many examples, 0 for all.
     batch_size: how many at a time, divisible by the number of devices.
     seed: of dequantization and probes.
     mesh: the devices.

@@ -41,8 +41,8 @@ class UNet(nn.Module):
   Example:
     >>> import jax
     >>> net, x, t = UNet(channels=16), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
-    >>> params = net.init(jax.random.key(0), x, t)
-    >>> net.apply(params, x, t).shape
+    >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
+    >>> jax.jit(net.apply)(params, x, t).shape
     (2, 8, 8, 1)
   """
 

@@ -1,0 +1,26 @@
+"""The program of the README runs as it stands there, with fewer steps."""
+
+import pathlib
+import re
+
+import pytest
+
+pytestmark = pytest.mark.standard_promotion
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_program_of_the_readme_runs(capsys):
+  program = BLOCKS[0].replace("jax.random.key(1), 500)", "jax.random.key(1), 2)").replace("x[:500]", "x[:4]")
+  program = program.replace("(500, 2)", "(4, 2)").replace("make_moons(4096", "make_moons(64")
+  assert program.count("(4, 2)") == program.count("key(1), 2)") == program.count("x[:4]") == 1
+  names = {}
+  exec(compile(program + "\n" + BLOCKS[1], "README.md", "exec"), names)
+  assert capsys.readouterr().out.startswith("(4, 2) ")
+  assert callable(names["bits"])
+
+
+def test_every_file_that_the_readme_names_exists():
+  root = pathlib.Path(__file__).parents[1]
+  for path in re.findall(r"\]\(([\w/.]+)\)", README):
+    assert (root / path).exists(), path
