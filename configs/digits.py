@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
   config.likelihood = ConfigDict(
     {
       "divergence": {"type": "hutchinson", "probes": 1},
-      "rtol": 1e-4,
-      "atol": 1e-4,
+      "rtol": 1e-5,
+      "atol": 1e-5,
       "split": "test",
       "limit": 0,
       "batch_size": 120,

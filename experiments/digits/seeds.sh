@@ -8,7 +8,7 @@ for seed in 0 1 2; do
   "$bin/jaxdiff" train --config=configs/digits.py --workdir="$run" --config.seed=$seed
   "$bin/jaxdiff" likelihood --workdir="$run" --config.likelihood.seed=$seed
 done
-for tolerance in 1e-4 1e-5; do
+for tolerance in 1e-5 1e-6; do
   echo "50 digits at tolerance $tolerance:"
   "$bin/jaxdiff" likelihood --workdir="$run" --config.likelihood.limit=50 --config.likelihood.batch_size=50 \
     --config.likelihood.rtol=$tolerance --config.likelihood.atol=$tolerance
