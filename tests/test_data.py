@@ -7,18 +7,16 @@ import subprocess
 import sys
 import textwrap
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
-grain = pytest.importorskip("grain")
-ocp = pytest.importorskip("orbax.checkpoint")
-Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("sklearn")
-
-from jaxdiff.data import pipeline, sources, transforms  # noqa: E402
-from jaxdiff.data.examples import Source  # noqa: E402
+from jaxdiff.data import pipeline, sources, transforms
+from jaxdiff.data.examples import Source
 
 
 def numbered(count, **options):
@@ -464,7 +462,8 @@ def test_tfds_mock_data_feeds_the_pipeline_without_tensorflow():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
   """A tfds data set of 12 random images, prepared as array_record."""
-  tfds = pytest.importorskip("tensorflow_datasets")
+  import tensorflow_datasets as tfds
+
   images = np.random.default_rng(0).integers(0, 256, (12, 5, 4, 3), np.uint8)
 
   class Noise(tfds.core.GeneratorBasedBuilder):
