@@ -88,7 +88,7 @@ def solve(
   ys = jax.tree.map(lambda leaf: leaf[0], solution.ys) if at is None else solution.ys
   finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(ys)]))
   steps, accepted = solution.stats["num_steps"], solution.stats["num_accepted_steps"]
-  unfinished = jnp.where(steps >= max_steps, status.MAX_STEPS, status.NON_FINITE)
+  unfinished = jnp.where((steps >= max_steps) & (accepted > 0), status.MAX_STEPS, status.NON_FINITE)
   code = jnp.where(finite & (solution.result == diffrax.RESULTS.successful), status.SUCCESS, unfinished)
   ys = jax.tree.map(lambda leaf: jnp.where(code == status.SUCCESS, leaf, jnp.nan), ys)
   return ys, _STAGES * steps + 1, Status(code, accepted, solution.stats["num_rejected_steps"])

@@ -131,7 +131,10 @@ def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., 
 
   def drift(x: State, t: Time, **cond: Array) -> State:
     t = batch_time(t, x)
-    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, score(x, t, **cond)))
+    value = score(x, t, **cond)
+    if value.shape != x.shape:
+      raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {value.shape}")
+    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, value))
 
   def diffuse(t: Time, v: State) -> State:
     return eta * sde.diffuse(t, v)

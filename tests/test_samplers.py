@@ -217,3 +217,24 @@ def test_bad_tolerances_are_refused():
     jd.samplers.probability_flow(jd.VP(), rtol=0.0)
   with pytest.raises(ValueError, match="max_steps must be at least 1"):
     jd.samplers.probability_flow(jd.VP(), max_steps=0)
+
+
+def test_a_sampler_may_be_built_inside_jit():
+  sde, ts = jd.VP(), jd.time_grid(jd.VP(), 5)
+  run = lambda key, ts: jd.samplers.reverse_sde(sde, ts)(key, jnp.ones((2, 3)), lambda x, t: -x).x
+  inside = jax.jit(lambda key: run(key, ts))(jax.random.key(0))
+  np.testing.assert_allclose(inside, jax.jit(run)(jax.random.key(0), ts), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", ["reverse_sde", "probability_flow"])
+def test_a_score_of_another_shape_is_refused(make, untyped):
+  sde = jd.VP()
+  samplers = {"reverse_sde": jd.samplers.reverse_sde(sde, jd.time_grid(sde, 5))}
+  samplers["probability_flow"] = jd.samplers.probability_flow(sde)
+  with pytest.raises(ValueError, match=r"shape of x, .*; got"):
+    samplers[make](jax.random.key(0), jnp.ones((4, 2)), lambda x, t: x[:, :1])
+
+
+def test_nan_at_the_start_is_not_called_a_lack_of_steps():
+  x = jnp.ones((2, 1)).at[1].set(jnp.nan)
+  assert jd.samplers.probability_flow(jd.VP())(jax.random.key(0), x, lambda x, t: -x).status.code.tolist() == [0, 2]

@@ -10,6 +10,7 @@ References:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -24,10 +25,13 @@ def check_grid(ts: Float[Array, " n"], t1: Scalar) -> None:
     raise ValueError(f"ts must be [steps + 1] decreasing times, got shape {ts.shape}")
   if isinstance(ts, jax.core.Tracer) or isinstance(t1, jax.core.Tracer):
     return
-  if not bool(jnp.all(ts[1:] < ts[:-1])):
-    raise ValueError(f"ts must decrease from the prior's time to the data's, got {ts}: make it with jaxdiff.time_grid")
-  if not (ts[-1] >= 0 and ts[0] <= t1):
-    raise ValueError(f"ts must lie in [0, t1] = [0, {t1}], got {ts[-1]} to {ts[0]}")
+  times = np.asarray(ts)
+  if not np.all(times[1:] < times[:-1]):
+    raise ValueError(
+      f"ts must decrease from the prior's time to the data's, got {times}: make it with jaxdiff.time_grid"
+    )
+  if times[-1] < 0 or times[0] > float(t1):
+    raise ValueError(f"ts must lie in [0, t1] = [0, {t1}], got {times[-1]} to {times[0]}")
 
 
 def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, path: bool = False):
