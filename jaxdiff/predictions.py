@@ -115,6 +115,8 @@ def score() -> Prediction:
 def edm(sigma_data: float = 0.5) -> Prediction:
   """EDM preconditioning: input and output of the network have unit variance at every noise level.
 
+  The network is given x / sqrt V and, as its time, log(sigma / alpha) / 4 (about -1.6 to 1.3), which may be negative.
+
   Args:
     sigma_data: standard deviation of the data, a positive Python number.
 
