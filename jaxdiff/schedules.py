@@ -6,6 +6,7 @@
 Every noise level of every process has one log-SNR, log(alpha^2 / sigma^2): grids and default times are set by it.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -45,6 +46,29 @@ def linear_beta_time(integral: Float[Array, "..."], beta_min: Scalar, beta_max: 
 def cosine_angle(log_snr: Time) -> Float[Array, "..."]:
   """The angle with alpha = cos, sigma = sin at this log-SNR; that of -log_snr is what it lacks to pi / 2."""
   return jnp.arctan(jnp.exp(-0.5 * log_snr))
+
+
+def invert(
+  rising: Callable[[Array], Array], value: Float[Array, "..."], low: Scalar, high: Scalar
+) -> Float[Array, "..."]:
+  """Where an elementwise increasing function takes this value, within [low, high]: bisection to the last digit.
+
+  Differentiable in the value and in whatever `rising` depends on: one Newton step from the root carries the derivative.
+  """
+  bits = jnp.finfo(value.dtype).nmant + 4
+  start = jnp.full_like(value, low), jnp.full_like(value, high)
+
+  def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    left, right = ends
+    middle = 0.5 * (left + right)
+    below = rising(middle) < value
+    return jnp.where(below, middle, left), jnp.where(below, right, middle)
+
+  left, right = jax.lax.stop_gradient(jax.lax.fori_loop(0, bits, halve, start))
+  root = 0.5 * (left + right)
+  reached, slope = jax.jvp(rising, (root,), (jnp.ones_like(root),))
+  newton = root + (value - reached) / jax.lax.stop_gradient(slope)
+  return jnp.clip(jnp.where(slope > 0, newton, root), low, high)
 
 
 def _is_number(value: Any) -> bool:

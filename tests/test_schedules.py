@@ -1,9 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import SDES
 
 import jaxdiff as jd
+from jaxdiff import schedules
 from jaxdiff.schedules import start_time
 
 EACH = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
@@ -63,3 +65,20 @@ def test_cosine_schedule_ends_at_its_log_snr():
 def test_bad_grids_are_refused(arguments, message, untyped):
   with pytest.raises(ValueError, match=message):
     jd.time_grid(jd.VP(), **arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-7, 0.3, 1.0, 8.0])
+def test_invert_finds_the_root_and_its_derivative(value, x64):
+  cube = lambda scale: lambda t: scale * t**3
+  root = lambda scale, v: schedules.invert(cube(scale), v, 0.0, 2.0)
+  value, scale = jnp.asarray(value), jnp.asarray(1.0)
+  np.testing.assert_allclose(root(scale, value), np.cbrt(value), rtol=1e-6, atol=1e-15)
+  if 0 < value < 8:
+    by_scale, by_value = jax.grad(root, argnums=(0, 1))(scale, value)
+    np.testing.assert_allclose(by_scale, -np.cbrt(value) / 3, rtol=1e-5)
+    np.testing.assert_allclose(by_value, np.cbrt(value) / value / 3, rtol=1e-5)
+
+
+def test_invert_is_clipped_to_the_interval():
+  values = jnp.asarray([-1.0, 3.0])
+  np.testing.assert_array_equal(schedules.invert(lambda t: t, values, 0.0, 2.0), [0.0, 2.0])
