@@ -17,6 +17,7 @@ from jaxdiff.keys import example_keys as example_keys
 from jaxdiff.predictions import Prediction as Prediction
 from jaxdiff.predictions import denoised as denoised
 from jaxdiff.predictions import score_fn as score_fn
+from jaxdiff.predictions import score_of as score_of
 from jaxdiff.schedules import time_grid as time_grid
 from jaxdiff.sde import EDM as EDM
 from jaxdiff.sde import SDE as SDE

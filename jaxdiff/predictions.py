@@ -156,7 +156,11 @@ def call_network(network: Network, prediction: Prediction, sde: ScalarSDE, x: St
     TypeError: if it is not an array of floating point numbers.
   """
   t = batch_time(t, x)
-  output = network(*prediction.precondition(x, t, *sde.marginal(t)), **cond)
+  return checked_output(network(*prediction.precondition(x, t, *sde.marginal(t)), **cond), x)
+
+
+def checked_output(output: Any, x: State) -> State:
+  """What a network returned for x, refused unless it is floating point of the shape of x; in the type of x."""
   if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.floating):
     raise TypeError(f"network must return a floating point array, got {getattr(output, 'dtype', type(output))}")
   if output.shape != x.shape:
@@ -210,6 +214,37 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, predic
     2.0
   """
   return _Model(apply, params, sde, prediction)
+
+
+def score_of(log_density: Callable[..., Array]) -> Network:
+  """The score of an unnormalized log-density, for energy-based models: its gradient with respect to x.
+
+  Args:
+    log_density: `(x: [b, *d], t: [b], **cond) -> [b]`, example by example; constants in x do not matter.
+
+  Returns:
+    A network `(x, t, **cond) -> [b, *d]` with `predictions.score()`, and a score for samplers and likelihoods.
+
+  Raises:
+    ValueError: when called, if the log-density is not one number per example.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxdiff as jd
+    >>> score = jd.score_of(lambda x, t: -0.5 * jnp.sum(x**2, axis=1))
+    >>> score(jnp.ones((1, 2)), jnp.zeros(1)).tolist()
+    [[-1.0, -1.0]]
+  """
+
+  def network(x: State, t: Time, /, **cond: Array) -> State:
+    def total(x: State) -> Array:
+      value = log_density(x, t, **cond)
+      if value.shape != x.shape[:1]:
+        raise ValueError(f"log_density must return one number per example, {x.shape[:1]}; got shape {value.shape}")
+      return jnp.sum(value)
+
+    return jax.grad(total)(x)
+
+  return network
 
 
 def denoised(sde: ScalarSDE, score: ScoreFn, x: State, t: Time, **cond: Array) -> State:

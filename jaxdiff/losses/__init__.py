@@ -2,4 +2,8 @@
 
 from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
+from jaxdiff.losses.score_matching import Loss as Loss
 from jaxdiff.losses.score_matching import denoising as denoising
+from jaxdiff.losses.score_matching import explicit as explicit
+from jaxdiff.losses.score_matching import implicit as implicit
+from jaxdiff.losses.score_matching import sliced as sliced

@@ -14,7 +14,7 @@ from jaxtyping import Float, Key
 
 from jaxdiff import keys
 from jaxdiff.sde import ScalarSDE, log_snr
-from jaxdiff.typing import Keys
+from jaxdiff.typing import Keys, Scalar
 
 
 @runtime_checkable
@@ -76,6 +76,15 @@ def log_normal(mean: float = -1.2, std: float = 1.2, stratified: bool = True) ->
     return jnp.clip(sde.time_of_log_snr(-2 * level), t0, sde.t1), jnp.ones_like(u)
 
   return Times(place, stratified)
+
+
+def fixed(t: Scalar) -> Times:
+  """One time only: `fixed(sigma)` with `EDM` is score matching at the noise level sigma."""
+
+  def place(sde: ScalarSDE, t0: Array, u: Array) -> tuple[Array, Array]:
+    return jnp.full_like(u, t), jnp.ones_like(u)
+
+  return Times(place, stratified=False)
 
 
 def stratified(offset: Float[Array, ""], index: Array, total: int) -> Float[Array, " b"]:
