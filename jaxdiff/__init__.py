@@ -26,6 +26,7 @@ from jaxdiff.sde import VP as VP
 from jaxdiff.sde import CosineVP as CosineVP
 from jaxdiff.sde import ScalarSDE as ScalarSDE
 from jaxdiff.sde import SubVP as SubVP
+from jaxdiff.sde import VariancePreserving as VariancePreserving
 from jaxdiff.sde import log_snr as log_snr
 from jaxdiff.sde import perturb as perturb
 from jaxdiff.sde import reverse as reverse

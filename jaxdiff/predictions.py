@@ -10,9 +10,10 @@ With x_t = alpha x_0 + sigma eps, r^2 = alpha^2 + sigma^2, V = sigma^2 + alpha^2
     edm(s)      (sigma x_0 / s - alpha s eps)     alpha s^2 x / V                  -x / V
                   / sqrt V                          + s sigma F / sqrt V             + s alpha F / (sigma sqrt V)
 
-For VP, r = 1. `edm` is the preconditioning of Karras et al. (2022, Table 1) of the rescaled state x / alpha at noise
-level sigma / alpha, solved for the score by hand so that no digits cancel at small sigma; its network sees x / sqrt V
-and the time log(sigma / alpha) / 4, all others see (x, t) as they are.
+For VP, r = 1. The network sees (x, t) as they are, or with `log_snr_time` (x, log(sigma / alpha) / 4): a time that has
+one meaning under every schedule, which learned schedules need. `edm` is the preconditioning of Karras et al. (2022,
+Table 1) of the rescaled state x / alpha at noise level sigma / alpha, solved for the score by hand so that no digits
+cancel at small sigma; its network sees x / sqrt V and the time log(sigma / alpha) / 4.
 
 References:
   Ho et al. 2020 (noise); Salimans & Ho 2022, Progressive Distillation, Section 4 and Appendix D (velocity); Efron 2011,
@@ -51,8 +52,12 @@ class Prediction(NamedTuple):
   to_denoised: Callable[[Array, Array, Array, Array], Array]
 
 
-def _as_is(x: Array, t: Array, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-  return x, t
+def _level(alpha: Array, sigma: Array) -> Array:
+  return 0.25 * (jnp.log(sigma) - jnp.log(alpha))
+
+
+def _as_is(log_snr_time: bool) -> Callable[[Array, Array, Array, Array], tuple[Array, Array]]:
+  return lambda x, t, alpha, sigma: (x, _level(alpha, sigma) if log_snr_time else t)
 
 
 def _norm(alpha: Array, sigma: Array) -> Array:
@@ -60,10 +65,10 @@ def _norm(alpha: Array, sigma: Array) -> Array:
 
 
 @functools.cache
-def noise() -> Prediction:
+def noise(log_snr_time: bool = False) -> Prediction:
   """The network predicts the noise eps."""
   return Prediction(
-    precondition=_as_is,
+    precondition=_as_is(log_snr_time),
     target=lambda x0, noise, alpha, sigma: noise,
     to_score=lambda x, output, alpha, sigma: -output / sigma,
     to_denoised=lambda x, output, alpha, sigma: (x - sigma * output) / alpha,
@@ -71,10 +76,10 @@ def noise() -> Prediction:
 
 
 @functools.cache
-def data() -> Prediction:
+def data(log_snr_time: bool = False) -> Prediction:
   """The network predicts the clean data x_0."""
   return Prediction(
-    precondition=_as_is,
+    precondition=_as_is(log_snr_time),
     target=lambda x0, noise, alpha, sigma: x0,
     to_score=lambda x, output, alpha, sigma: (alpha * output - x) / sigma**2,
     to_denoised=lambda x, output, alpha, sigma: output,
@@ -82,7 +87,7 @@ def data() -> Prediction:
 
 
 @functools.cache
-def velocity() -> Prediction:
+def velocity(log_snr_time: bool = False) -> Prediction:
   """The network predicts v = (alpha eps - sigma x_0) / r, the direction of travel on the circle of (x_0, eps)."""
 
   def target(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
@@ -97,14 +102,14 @@ def velocity() -> Prediction:
     r = _norm(alpha, sigma)
     return alpha / r**2 * x - sigma / r * output
 
-  return Prediction(_as_is, target, to_score, to_denoised)
+  return Prediction(_as_is(log_snr_time), target, to_score, to_denoised)
 
 
 @functools.cache
-def score() -> Prediction:
+def score(log_snr_time: bool = False) -> Prediction:
   """The network predicts the score itself."""
   return Prediction(
-    precondition=_as_is,
+    precondition=_as_is(log_snr_time),
     target=lambda x0, noise, alpha, sigma: -noise / sigma,
     to_score=lambda x, output, alpha, sigma: output,
     to_denoised=lambda x, output, alpha, sigma: (x + sigma**2 * output) / alpha,
@@ -131,7 +136,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     return jnp.sqrt(sigma**2 + (s * alpha) ** 2)
 
   def precondition(x: Array, t: Array, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    return x / expand(spread(alpha, sigma), x), 0.25 * (jnp.log(sigma) - jnp.log(alpha))
+    return x / expand(spread(alpha, sigma), x), _level(alpha, sigma)
 
   def target(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
     root = spread(alpha, sigma)
@@ -197,7 +202,8 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, predic
     apply: `(params, x: [b, *d], t: [b], **cond) -> [b, *d]`, such as a linen module's `apply`.
     params: its parameters, any pytree. Make the score inside the jitted function that takes them as an argument.
     sde: a process with scalar marginals.
-    prediction: what the output means: `predictions.noise()`, `data()`, `velocity()`, `score()`, `edm(sigma_data)`.
+    prediction: what the output means: `predictions.noise()`, `data()`, `velocity()`, `score()`, `edm(sigma_data)`; all
+      but the last take `log_snr_time=True` to give the network log(sigma / alpha) / 4 for t.
 
   Returns:
     A callable pytree `score(x, t, **cond) -> [b, *d]`; `score.denoised(x, t, **cond)` is E[x_0 | x_t], straight from

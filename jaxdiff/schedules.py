@@ -2,11 +2,15 @@
 
     linear   beta(t) = beta_min + t (beta_max - beta_min),  B(t) = int_0^t beta     (Ho et al. 2020)
     cosine   alpha = cos(theta t),  sigma = sin(theta t)          (after Nichol & Dhariwal 2021, without their offset)
+    gamma    -log-SNR itself, from a minimum to a maximum through any increasing interior   (Kingma et al. 2021)
 
 Every noise level of every process has one log-SNR, log(alpha^2 / sigma^2): grids and default times are set by it.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -48,6 +52,111 @@ def cosine_angle(log_snr: Time) -> Float[Array, "..."]:
   return jnp.arctan(jnp.exp(-0.5 * log_snr))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MonotoneNetwork:
+  """An increasing function of time in [0, 1], from 0 to 1: a line and sigmoids, all with positive weights.
+
+      (h(t) - h(0)) / (h(t) - h(0) + h(1) - h(t)),      h(t) = w t + sum_k a_k sigmoid(b_k (t - c_k))
+
+  Its leaves are what is trained: w, a and b through softplus, so that any values are valid. `monotone_network` makes
+  one that is nearly straight.
+
+  Attributes:
+    slope: w, a scalar.
+    heights: a, `[k]`.
+    rates: b, `[k]`.
+    centers: c, `[k]`.
+  """
+
+  slope: Any
+  heights: Any
+  rates: Any
+  centers: Any
+
+  def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+    slope, heights, rates, centers = (value.astype(t.dtype) for value in dataclasses.astuple(self))
+
+    def rise(start: Array, end: Array) -> Array:
+      step = lambda t: jax.nn.sigmoid(jax.nn.softplus(rates) * (t - centers))
+      return jax.nn.softplus(slope) * (end - start) + jnp.sum(jax.nn.softplus(heights) * (step(end) - step(start)))
+
+    def fraction(t: Array) -> Array:
+      before, after = rise(jnp.zeros_like(t), t), rise(t, jnp.ones_like(t))
+      return before / (before + after)
+
+    return jax.vmap(fraction)(t.ravel()).reshape(t.shape)
+
+
+def monotone_network(width: int = 32) -> MonotoneNetwork:
+  """A nearly straight `MonotoneNetwork` with `width` sigmoids spread over [0, 1].
+
+  Raises:
+    ValueError: for a width below 1.
+  """
+  if width < 1:
+    raise ValueError(f"width must be at least 1, the number of sigmoids; got {width}")
+  centers = jnp.linspace(0.5 / width, 1 - 0.5 / width, width)
+  return MonotoneNetwork(jnp.ones(()), jnp.full(width, -math.log(width) - 2.0), jnp.full(width, 10.0), centers)
+
+
+_STRAIGHT = jax.tree_util.Partial(lambda t: t)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gamma:
+  """-log-SNR as a function of time in [0, 1]: `minimum` at 0, `maximum` at 1, both exactly, and an interior between.
+
+  A pytree: what of it is trained is decided by what is put among the parameters, all of it, or one field of a copy
+  made by `dataclasses.replace`.
+
+  Attributes:
+    minimum: of gamma, so the largest log-SNR is -minimum.
+    maximum: of gamma.
+    interior: increasing from 0 to 1 on [0, 1], elementwise; a callable pytree such as `monotone_network()`, or
+      `jax.tree_util.Partial(f)` for a function of yours. Straight by default.
+
+  Raises:
+    ValueError: unless minimum < maximum.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxdiff as jd
+    >>> gamma = jd.schedules.Gamma(-6.0, 4.0, jd.schedules.monotone_network(width=8))
+    >>> gamma(jnp.array([0.0, 1.0])).tolist()
+    [-6.0, 4.0]
+
+  References:
+    Kingma et al. 2021, Variational Diffusion Models, Section 3.2 and Appendix H.
+  """
+
+  minimum: Any = -13.3
+  maximum: Any = 5.0
+  interior: Any = _STRAIGHT
+
+  def __post_init__(self) -> None:
+    ends = self.minimum, self.maximum
+    if all(isinstance(end, float | int) for end in ends) and not ends[0] < ends[1]:
+      raise ValueError(f"minimum must be below maximum, got gamma from {ends[0]} to {ends[1]}")
+
+  def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+    return self.between(self.interior(t))
+
+  def between(self, fraction: Float[Array, "..."]) -> Float[Array, "..."]:
+    """gamma at this value of the interior."""
+    return (1 - fraction) * self.minimum + fraction * self.maximum
+
+
+def of_gamma(gamma: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+  """(alpha, sigma) of the variance-preserving process: alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma)."""
+  return jnp.exp(0.5 * jax.nn.log_sigmoid(-gamma)), jnp.exp(0.5 * jax.nn.log_sigmoid(gamma))
+
+
+def slope(f: Callable[[Array], Array], t: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+  """An elementwise function and its derivative."""
+  return jax.jvp(f, (t,), (jnp.ones_like(t),))
+
+
 def invert(
   rising: Callable[[Array], Array], value: Float[Array, "..."], low: Scalar, high: Scalar
 ) -> Float[Array, "..."]:
@@ -66,9 +175,9 @@ def invert(
 
   left, right = jax.lax.stop_gradient(jax.lax.fori_loop(0, bits, halve, start))
   root = 0.5 * (left + right)
-  reached, slope = jax.jvp(rising, (root,), (jnp.ones_like(root),))
-  newton = root + (value - reached) / jax.lax.stop_gradient(slope)
-  return jnp.clip(jnp.where(slope > 0, newton, root), low, high)
+  reached, rate = slope(rising, root)
+  newton = root + (value - reached) / jax.lax.stop_gradient(rate)
+  return jnp.clip(jnp.where(rate > 0, newton, root), low, high)
 
 
 def _is_number(value: Any) -> bool:

@@ -8,13 +8,14 @@ A process is a frozen dataclass of numbers and a pytree; any class with the meth
     CosineVP  as VP, with alpha = cos(theta t), sigma = sin(theta t)               N(0, I)          1          (3)
     VE      0              2 sigma^2 log(r)        1             (s_min r^t)^2     N(0, s_max^2)    1          (4)
     EDM     0              2 t                     1             t^2               N(0, s_max^2)    s_max      (5)
+    VariancePreserving  as VP, with sigma^2 = sigmoid(gamma(t)), so beta = sigma^2 gamma'(t)        1          (6)
 
 with x_t | x_0 ~ N(alpha x_0, sigma^2 I), beta linear in t, B its integral, r = s_max / s_min.
 
 References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix B-C, for (1), (2), (4); Nichol & Dhariwal
   2021, Improved DDPM, eq. 17, for (3), here without their offset and cut off at a log-SNR; Karras et al. 2022,
-  Elucidating the Design Space, Table 1, for (5).
+  Elucidating the Design Space, Table 1, for (5); Kingma et al. 2021, Variational Diffusion Models, Section 3, for (6).
 """
 
 import math
@@ -305,3 +306,36 @@ class EDM:
 
   def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
     return jnp.exp(-0.5 * float_time(log_snr))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VariancePreserving:
+  """Variance preserving with any -log-SNR gamma(t), fixed or learned. At t = 0 there is the noise of gamma(0).
+
+  Attributes:
+    gamma: increasing on [0, 1], elementwise; a callable pytree such as `schedules.Gamma`, or
+      `jax.tree_util.Partial(f)` for a function of yours.
+  """
+
+  gamma: Callable[[Array], Array]
+
+  t1 = 1.0
+  diffuse = _diffuse
+  prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
+
+  def _beta(self, t: Time) -> Float[Array, "..."]:
+    gamma, slope = schedules.slope(self.gamma, float_time(t))
+    return jax.nn.sigmoid(gamma) * slope
+
+  def drift(self, x: State, t: Time) -> State:
+    return expand(-0.5 * self._beta(t), x) * x
+
+  def diffusion(self, t: Time) -> Float[Array, "..."]:
+    return jnp.sqrt(self._beta(t))
+
+  def marginal(self, t: Time) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    return schedules.of_gamma(self.gamma(float_time(t)))
+
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    return schedules.invert(self.gamma, -float_time(log_snr), 0.0, self.t1)

@@ -1,0 +1,124 @@
+"""Learned and fixed -log-SNR: pinned ends, monotone, and the process they define."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import Partial
+
+import jaxdiff as jd
+from jaxdiff.schedules import Gamma, monotone_network
+
+
+def wild(width=16):
+  """A network far from its start."""
+  keys = jax.random.split(jax.random.key(3), 4)
+  return jax.tree.map(
+    lambda leaf, key: leaf + 2 * jax.random.normal(key, leaf.shape, leaf.dtype),
+    monotone_network(width),
+    jax.tree.unflatten(jax.tree.structure(monotone_network(width)), keys),
+  )
+
+
+@pytest.mark.parametrize("interior", [monotone_network(), wild()], ids=["start", "wild"])
+def test_a_learned_schedule_rises_between_its_ends(interior):
+  gamma, t = Gamma(-8.0, 3.0, interior), jnp.linspace(0.0, 1.0, 1001)
+  value = gamma(t)
+  assert value[0] == -8.0
+  assert value[-1] == 3.0
+  assert jnp.all(jnp.diff(value) > 0)
+  np.testing.assert_allclose(gamma(jnp.float32(0.3)), value[300], rtol=1e-5)
+
+
+def test_it_starts_nearly_straight():
+  t = jnp.linspace(0.0, 1.0, 101)
+  np.testing.assert_allclose(monotone_network()(t), t, atol=0.01)
+
+
+def test_ends_hold_through_training_of_the_interior():
+  """200 steps of Adam that pull the middle up: it moves, the ends stay to the last digit."""
+  interior, optimizer = monotone_network(8), optax.adam(0.05)
+  state = optimizer.init(interior)
+
+  @jax.jit
+  def step(interior, state):
+    gradient = jax.grad(lambda i: (Gamma(-8.0, 3.0, i)(jnp.float32(0.5)) - 2.0) ** 2)(interior)
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimizer.update(gradient, state)
+    return optax.apply_updates(interior, updates), state
+
+  for _ in range(200):
+    interior, state = step(interior, state)
+  gamma = Gamma(-8.0, 3.0, interior)(jnp.asarray([0.0, 0.5, 1.0]))
+  np.testing.assert_array_equal(gamma[jnp.asarray([0, 2])], [-8.0, 3.0])
+  assert gamma[1] > 1.5
+
+
+@pytest.mark.parametrize(
+  "gamma",
+  [Gamma(), Gamma(-6.0, 4.0, wild()), Gamma(-6.0, 4.0, Partial(lambda t: t**2)), Partial(lambda t: 12 * t - 7)],
+  ids=["straight", "learned", "square", "own"],
+)
+def test_the_process_solves_its_moment_equations(gamma, x64):
+  """d alpha / dt = f alpha, d sigma^2 / dt = 2 f sigma^2 + g^2, at 20 times; alpha^2 + sigma^2 = 1."""
+  sde = jd.VariancePreserving(gamma)
+  t = jnp.linspace(0.01, 0.99, 20)
+  (alpha, sigma), (alpha_rate, sigma_rate) = jax.jvp(sde.marginal, (t,), (jnp.ones_like(t),))
+  drift = sde.drift(jnp.ones((20, 1)), t)[:, 0]
+  np.testing.assert_allclose(alpha_rate, drift * alpha, rtol=1e-9)
+  np.testing.assert_allclose(2 * sigma * sigma_rate, 2 * drift * sigma**2 + sde.diffusion(t) ** 2, rtol=1e-9)
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
+  np.testing.assert_allclose(jd.log_snr(sde, t), -gamma(t), rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(sde.time_of_log_snr(jd.log_snr(sde, t)), t, rtol=1e-8)
+
+
+def test_it_works_with_grids_samplers_and_likelihood():
+  """N(0, I) data under a learned schedule: the log-density is that of the prior, the samples are normal."""
+  sde, score = jd.VariancePreserving(Gamma(-6.0, 4.0, wild())), lambda x, t: -x
+  log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact())
+  x = jax.random.normal(jax.random.key(0), (4, 2))
+  np.testing.assert_allclose(
+    jax.jit(lambda x: log_prob(jax.random.key(0), x, score).value)(x), sde.prior_log_prob(x), rtol=1e-4
+  )
+  ts = jd.time_grid(sde, 20)
+  np.testing.assert_allclose(jnp.diff(jd.log_snr(sde, ts)), 0.5, rtol=1e-3)
+
+
+def test_the_schedule_is_trained_through_the_process():
+  """Gradients reach the leaves of gamma, through jit, from the score that a network is."""
+  gamma = Gamma(jnp.float32(-6.0), jnp.float32(4.0), monotone_network(4))
+
+  def value(gamma):
+    score = jd.score_fn(
+      lambda p, x, t: p * x * t[:, None], jnp.float32(1.0), jd.VariancePreserving(gamma), jd.predictions.noise(True)
+    )
+    return jnp.sum(score(jnp.ones((2, 3)), 0.3))
+
+  gradient = jax.jit(jax.grad(value))(gamma)
+  assert all(jnp.all(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_networks_see_the_noise_level_with_log_snr_time():
+  """The same input at the same noise level, whatever the schedule and the prediction."""
+  for prediction in (jd.predictions.noise, jd.predictions.data, jd.predictions.velocity, jd.predictions.score):
+    seen = []
+
+    def network(params, x, t, seen=seen):
+      seen.append(float(t[0]))
+      return x
+
+    for sde in (jd.VP(), jd.CosineVP(), jd.VariancePreserving(Gamma(-6.0, 6.0, wild()))):
+      t = sde.time_of_log_snr(jnp.float32(2.0))
+      jd.score_fn(network, None, sde, prediction(log_snr_time=True))(jnp.ones((1, 2)), t)
+    np.testing.assert_allclose(seen, -2.0 / 8, rtol=1e-5)
+
+
+def test_bad_schedules_are_refused():
+  with pytest.raises(ValueError, match="minimum must be below maximum, got gamma from 5.0 to -3.0"):
+    Gamma(5.0, -3.0)
+  with pytest.raises(ValueError, match="width must be at least 1.*got 0"):
+    monotone_network(0)
+  assert dataclasses.replace(Gamma(), minimum=-3.0).minimum == -3.0
