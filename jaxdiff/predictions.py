@@ -161,7 +161,14 @@ def call_network(network: Network, prediction: Prediction, sde: ScalarSDE, x: St
     TypeError: if it is not an array of floating point numbers.
   """
   t = batch_time(t, x)
-  return checked_output(network(*prediction.precondition(x, t, *sde.marginal(t)), **cond), x)
+  return call_at(network, prediction, x, t, *sde.marginal(t), cond)
+
+
+def call_at(
+  network: Network, prediction: Prediction, x: State, t: Array, alpha: Array, sigma: Array, cond: Any
+) -> State:
+  """`call_network` for (alpha, sigma), each `[b]`, that are known already."""
+  return checked_output(network(*prediction.precondition(x, t, alpha, sigma), **cond), x)
 
 
 def checked_output(output: Any, x: State) -> State:
@@ -190,9 +197,10 @@ class _Model:
     return self._read(self.prediction.to_denoised, x, t, cond)
 
   def _read(self, convert: Callable[..., Array], x: State, t: Time, cond: Any) -> State:
-    output = call_network(functools.partial(self.apply, self.params), self.prediction, self.sde, x, t, cond)
-    alpha, sigma = (expand(value, x) for value in self.sde.marginal(batch_time(t, x)))
-    return convert(x, output, alpha, sigma)
+    t = batch_time(t, x)
+    alpha, sigma = self.sde.marginal(t)
+    output = call_at(functools.partial(self.apply, self.params), self.prediction, x, t, alpha, sigma, cond)
+    return convert(x, output, expand(alpha, x), expand(sigma, x))
 
 
 def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, prediction: Prediction) -> _Model:

@@ -1,9 +1,13 @@
 """Training objectives: factories of `loss(key, x0, network, cond) -> (per-example [b], aux)`."""
 
+from jaxdiff.losses import decoders as decoders
 from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
+from jaxdiff.losses.bounds import averaged as averaged
+from jaxdiff.losses.bounds import bound as bound
 from jaxdiff.losses.score_matching import Loss as Loss
 from jaxdiff.losses.score_matching import denoising as denoising
 from jaxdiff.losses.score_matching import explicit as explicit
 from jaxdiff.losses.score_matching import implicit as implicit
 from jaxdiff.losses.score_matching import sliced as sliced
+from jaxdiff.losses.vdm import vdm as vdm

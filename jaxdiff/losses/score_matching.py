@@ -27,7 +27,7 @@ from jaxtyping import Float
 from jaxdiff import divergence as divergences
 from jaxdiff import keys
 from jaxdiff.losses import times, weights
-from jaxdiff.predictions import Prediction, call_network, checked_output, noise_factor, score, score_fn
+from jaxdiff.predictions import Prediction, call_at, checked_output, noise_factor, score, score_fn
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, expand, perturb
 from jaxdiff.typing import NO_COND, Cond, Keys, Network, Scalar, ScoreFn, State
@@ -40,7 +40,7 @@ class Loss(Protocol):
   """`loss(key, x0: [b, *d], network, cond={}, u=None) -> (per-example [b], aux)`."""
 
   def __call__(
-    self, key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
+    self, key: Keys, x0: Array, network: Network, /, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]: ...
 
 
@@ -92,15 +92,29 @@ def denoising(
     t, correction = time.place(sde, first, u.astype(first.dtype))
     alpha, sigma = sde.marginal(t)
     x_t, noise = perturb(noise_key, x0, t, sde)
-    output = call_network(network, prediction, sde, x_t, t, cond)
-    x0, noise, output = (value.astype(t.dtype) for value in (x0, noise, output))
-    target = prediction.target(x0, noise, expand(alpha, x0), expand(sigma, x0))
-    per_noise = noise_factor(prediction, alpha, sigma) ** 2
-    squared = per_noise * jnp.sum((output - target) ** 2, axis=range(1, x0.ndim))
+    squared = squared_noise_error(network, prediction, x0, noise, x_t, t, alpha, sigma, cond)
     dimension = x0[0].size
     return 0.5 * weight(sde, t) * correction * squared, {"t": t, "noise_error": squared / dimension}
 
   return loss
+
+
+def squared_noise_error(
+  network: Network,
+  prediction: Prediction,
+  x0: State,
+  noise: State,
+  x_t: State,
+  t: Float[Array, " b"],
+  alpha: Float[Array, " b"],
+  sigma: Float[Array, " b"],
+  cond: Cond,
+) -> Float[Array, " b"]:
+  """|eps_hat - eps|^2 of the noise that the network sees in x_t = alpha x_0 + sigma eps, summed over the dimensions."""
+  output = call_at(network, prediction, x_t, t, alpha, sigma, cond)
+  x0, noise, output = (value.astype(t.dtype) for value in (x0, noise, output))
+  target = prediction.target(x0, noise, expand(alpha, x0), expand(sigma, x0))
+  return noise_factor(prediction, alpha, sigma) ** 2 * jnp.sum((output - target) ** 2, axis=range(1, x0.ndim))
 
 
 def explicit(

@@ -87,7 +87,7 @@ def fixed(t: Scalar) -> Times:
   return Times(place, stratified=False)
 
 
-def stratified(offset: Float[Array, ""], index: Array, total: int) -> Float[Array, " b"]:
+def stratified(offset: Float[Array, "..."], index: Array, total: int) -> Float[Array, "..."]:
   """frac(offset + index / total), always below 1."""
   u = jnp.mod(offset + index.astype(offset.dtype) / total, 1.0)
   return jnp.where(u < 1.0, u, 0.0)
