@@ -5,10 +5,12 @@ sample     sampler = jd.samplers.reverse_sde(sde, ts)           sampler(key, x_T
 evaluate   logp    = jd.likelihood.log_prob(sde)                logp(key, x0, score, cond) -> LogProb
 """
 
+from jaxdiff import ddpm as ddpm
 from jaxdiff import divergence as divergence
 from jaxdiff import flow as flow
 from jaxdiff import likelihood as likelihood
 from jaxdiff import losses as losses
+from jaxdiff import ncsn as ncsn
 from jaxdiff import predictions as predictions
 from jaxdiff import samplers as samplers
 from jaxdiff import schedules as schedules

@@ -153,11 +153,13 @@ def edm(sigma_data: float = 0.5) -> Prediction:
   return Prediction(precondition, target, to_score, to_denoised)
 
 
-def call_network(network: Network, prediction: Prediction, sde: ScalarSDE, x: State, t: Time, cond: Any) -> State:
+def call_network(
+  network: Network, prediction: Prediction, sde: ScalarSDE, x: State, t: Time, cond: Any, parts: int = 1
+) -> State:
   """The raw output at (x, t), checked and cast to the type of x.
 
   Raises:
-    ValueError: if the output has another shape than x.
+    ValueError: if the output has another shape than x, up to `parts` times its channels (the last axis).
     TypeError: if it is not an array of floating point numbers.
   """
   t = batch_time(t, x)
@@ -175,8 +177,10 @@ def checked_output(output: Any, x: State) -> State:
   """What a network returned for x, refused unless it is floating point of the shape of x; in the type of x."""
   if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.floating):
     raise TypeError(f"network must return a floating point array, got {getattr(output, 'dtype', type(output))}")
-  if output.shape != x.shape:
+  if parts == 1 and output.shape != x.shape:
     raise ValueError(f"network must return an array of the shape of x, {x.shape}; got {output.shape}")
+  if parts > 1 and output.shape != (expected := (*x.shape[:-1], parts * x.shape[-1])):
+    raise ValueError(f"network must return {parts} times the channels of x, {expected}; got {output.shape}")
   return output.astype(x.dtype)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff.typing import Scalar, Time
+from jaxdiff.typing import Scalar, Step, Time
 
 SAMPLING_NOISE_TO_SIGNAL = 2e-3
 TRAINING_NOISE_TO_SIGNAL = 1e-3
@@ -178,6 +178,41 @@ def invert(
   reached, rate = slope(rising, root)
   newton = root + (value - reached) / jax.lax.stop_gradient(rate)
   return jnp.clip(jnp.where(rate > 0, newton, root), low, high)
+
+
+def table_entry(table: Float[Array, " n"], step: Step) -> Float[Array, "..."]:
+  """The entry of a table at an integer step `0 .. n - 1`; NaN where a traced or an array step lies outside.
+
+  Raises:
+    TypeError: for a step that is not an integer.
+    ValueError: for a Python integer outside the table.
+  """
+  if isinstance(step, int) and not 0 <= step < table.size:
+    raise ValueError(f"the step must lie in 0..{table.size - 1}, got {step}")
+  step = jnp.asarray(step)
+  if not jnp.issubdtype(step.dtype, jnp.integer):
+    raise TypeError(f"the step must be an integer, got {step.dtype}: chain.index(time) gives the step of a time")
+  return table.at[jnp.where(step < 0, table.size, step)].get(mode="fill", fill_value=jnp.nan)
+
+
+def piecewise_linear(
+  nodes: Float[Array, " n+1"], rises: Float[Array, " n"], t: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+  """Value and slope of the function linear between its values nodes[i] at t = i / n; the end pieces go on outside.
+
+  Args:
+    nodes: values at t = 0, 1 / n, .. 1.
+    rises: their differences, given apart because they have digits that the differences of rounded nodes have lost.
+    t: times.
+
+  Returns:
+    (value, slope), each of the shape of t. At a node the slope is that of the piece before it.
+  """
+  position = t * rises.size
+  piece = jnp.clip(jnp.ceil(position) - 1, 0, rises.size - 1)
+  index = piece.astype(jnp.int32)
+  rise = rises[index]
+  return nodes[index] + (position - piece).astype(nodes.dtype) * rise, rises.size * rise
 
 
 def _is_number(value: Any) -> bool:

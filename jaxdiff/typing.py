@@ -9,12 +9,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
-from jaxtyping import Float, Int, Key, Real, Shaped
+from jaxtyping import Float, Int, Integer, Key, Real, Shaped
 
 Scalar = float | int | Array
 Keys = Key[Array, ""] | Key[Array, " b"]
 Time = Real[Array, ""] | Real[Array, " b"] | float | int
 Times = Float[Array, " b"]
+Step = Integer[Array, ""] | Integer[Array, " b"] | int
 State = Float[Array, "b *d"]
 Cond = Mapping[str, Shaped[Array, "b ..."]]
 Params = Any

@@ -5,6 +5,10 @@ from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
 from jaxdiff.losses.bounds import averaged as averaged
 from jaxdiff.losses.bounds import bound as bound
+from jaxdiff.losses.ddpm import ddpm_elbo as ddpm_elbo
+from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
+from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
+from jaxdiff.losses.ncsn import ncsn as ncsn
 from jaxdiff.losses.score_matching import Loss as Loss
 from jaxdiff.losses.score_matching import denoising as denoising
 from jaxdiff.losses.score_matching import explicit as explicit
