@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jaxdiff.sde import ScalarSDE, batch_time, expand
 from jaxdiff.typing import Network, Params, ScoreFn, State, Time
@@ -163,18 +164,25 @@ def call_network(
     TypeError: if it is not an array of floating point numbers.
   """
   t = batch_time(t, x)
-  return call_at(network, prediction, x, t, *sde.marginal(t), cond)
+  return call_at(network, prediction, x, t, *sde.marginal(t), cond, parts)
 
 
 def call_at(
-  network: Network, prediction: Prediction, x: State, t: Array, alpha: Array, sigma: Array, cond: Any
+  network: Network,
+  prediction: Prediction,
+  x: State,
+  t: Float[Array, " b"],
+  alpha: Float[Array, " b"],
+  sigma: Float[Array, " b"],
+  cond: Any,
+  parts: int = 1,
 ) -> State:
-  """`call_network` for (alpha, sigma), each `[b]`, that are known already."""
-  return checked_output(network(*prediction.precondition(x, t, alpha, sigma), **cond), x)
+  """`call_network` for alpha and sigma that are known already."""
+  return checked_output(network(*prediction.precondition(x, t, alpha, sigma), **cond), x, parts)
 
 
-def checked_output(output: Any, x: State) -> State:
-  """What a network returned for x, refused unless it is floating point of the shape of x; in the type of x."""
+def checked_output(output: Any, x: State, parts: int = 1) -> State:
+  """What a network returned for x, refused as `call_network` says; in the type of x."""
   if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.floating):
     raise TypeError(f"network must return a floating point array, got {getattr(output, 'dtype', type(output))}")
   if parts == 1 and output.shape != x.shape:
