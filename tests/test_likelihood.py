@@ -261,3 +261,31 @@ def test_wrong_use_is_refused(untyped):
     likelihood.bits_per_dim(fn, 4, (1.0, -1.0))
   with pytest.raises(ValueError, match="atol must be positive"):
     likelihood.log_prob(jd.VP(), atol=-1.0)
+
+
+@pytest.mark.parametrize("sde", [jd.VP(), jd.VE(0.01, 5.0), jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0))])
+def test_integers_under_the_noise_of_the_process_have_their_probability(sde):
+  """Three levels with the exact score of their mixture: -log2 p of each, to 0.01 bits, without variance."""
+  p, centers = jnp.asarray([0.6, 0.3, 0.1]), jnp.asarray([[[-2 / 3, 0.0, 2 / 3]]])
+
+  def score(x, t):
+    alpha, sigma = (v[:, None, None] for v in sde.marginal(t))
+    logits = jnp.log(p)[None, None] - 0.5 * ((x[..., None] - alpha * centers) / sigma) ** 2
+    denoised = jnp.sum(jax.nn.softmax(logits, axis=-1) * centers, axis=-1)
+    return (alpha[..., 0] * denoised - x) / sigma[..., 0] ** 2
+
+  exact_prior = lambda z: jax.nn.logsumexp(
+    jnp.log(p)[None] + jax.scipy.stats.norm.logpdf(z, *(s for s in _ends(sde, centers[0]))), axis=1
+  )
+  log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-6, 1e-6, prior_log_prob=exact_prior)
+  bits = jd.likelihood.variational_bits_per_dim(sde, log_prob, levels=3)
+  x = jnp.asarray([[0], [1], [2], [0], [3]], jnp.uint8)
+  result = jax.jit(lambda key, x: bits(key, x, score))(jax.random.key(0), x)
+  np.testing.assert_allclose(result.value[:4], -jnp.log2(p[jnp.asarray([0, 1, 2, 0])]), atol=0.01)
+  assert jnp.isnan(result.value[4])
+  assert result.status.code[4] == 3
+
+
+def _ends(sde, centers):
+  alpha, sigma = sde.marginal(jnp.float32(sde.t1))
+  return alpha * centers, sigma

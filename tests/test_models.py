@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from jaxdiff.models import MLP, UNet
-from jaxdiff.models.layers import SelfAttention, sinusoidal_embedding
+from jaxdiff.models.layers import SelfAttention, fourier_features, sinusoidal_embedding
 
 NETS = {
   "unet": (UNet(channels=4, blocks=1, groups=2), (4, 4, 1)),
@@ -169,3 +169,28 @@ def test_wrong_arguments_are_named(net, x_shape, t_shape, message):
 def test_odd_embeddings_are_refused(features):
   with pytest.raises(ValueError, match=f"features={features}"):
     sinusoidal_embedding(jnp.zeros(1), features)
+
+
+def test_fourier_features_tell_neighbouring_levels_apart():
+  """At the centres of L cells the wave of two levels alternates, that of one stays; they are n = 7, 8 for 256."""
+  for levels in (17, 256):
+    x = -1 + (2 * jnp.arange(levels) + 1) / levels
+    features = fourier_features(x[:, None].astype(jnp.float32), levels)
+    assert features.shape == (levels, 5)
+    np.testing.assert_allclose(features[:, 0], x, rtol=1e-6)
+    two = features[:, 1:3]
+    np.testing.assert_allclose(two[2:], two[:-2], atol=2e-4)
+    assert jnp.all(jnp.sum((two[1:] - two[:-1]) ** 2, axis=1) > 3.9)
+    np.testing.assert_allclose(features[1:, 3:], features[:-1, 3:], atol=3e-4)
+  x = jnp.asarray([[0.3]])
+  waves = [wave(2.0**n * np.pi * 0.3) for n in (7, 8) for wave in (np.sin, np.cos)]
+  np.testing.assert_allclose(fourier_features(x, 256)[0, 1:], waves, atol=1e-4)
+
+
+def test_the_unet_takes_fourier_features():
+  x, t = jnp.ones((1, 8, 8, 1)), jnp.ones(1)
+  count = lambda levels: sum(
+    leaf.size
+    for leaf in jax.tree.leaves(jax.eval_shape(UNet(channels=8, fourier_levels=levels).init, jax.random.key(0), x, t))
+  )
+  assert count(17) - count(0) == 9 * 4 * 8

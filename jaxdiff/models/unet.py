@@ -18,6 +18,7 @@ from jaxdiff.models.layers import (
   check_divisible,
   check_input,
   downsample,
+  fourier_features,
   upsample,
 )
 
@@ -36,6 +37,8 @@ class UNet(nn.Module):
     groups: groups of the group norms; must divide the channels of every level.
     dropout: probability of dropping an activation in the residual blocks, only with train=True.
     max_frequency: largest angular frequency of the time embedding, radians per unit of t: see `sinusoidal_embedding`.
+    fourier_levels: levels of the data for `fourier_features` of the input, which must not be rescaled (as the EDM
+      prediction does); 0 for none.
     dtype: type of the computation; parameters are float32.
 
   Example:
@@ -54,6 +57,7 @@ class UNet(nn.Module):
   groups: int = 8
   dropout: float = 0.0
   max_frequency: float = 1000.0
+  fourier_levels: int = 0
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
@@ -74,7 +78,8 @@ class UNet(nn.Module):
     """
     self._check(x, t)
     embedding = TimeEmbedding(4 * self.channels, self.max_frequency, dtype=self.dtype)(t)
-    h = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(x.astype(self.dtype))
+    features = fourier_features(x, self.fourier_levels) if self.fourier_levels else x
+    h = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(features.astype(self.dtype))
     skips = [h]
     levels = range(len(self.channel_multipliers))
     for level in levels:
