@@ -17,6 +17,7 @@ References:
   Section II.7, for Gauss collocation.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from numpy.polynomial import legendre
 
 from jaxdiff import keys, schedules
 from jaxdiff.schedules import float_time
-from jaxdiff.sde import expand, log_snr
+from jaxdiff.sde import expand, log_snr, pytree
 from jaxdiff.typing import Keys, State, Time
 
 Coefficient = Callable[[Array], Array]
@@ -109,6 +110,7 @@ def _times(t1: float) -> np.ndarray:
   return np.linspace(0.0, t1, _CELLS + 1).astype(np.float32).astype(np.float64)
 
 
+@functools.partial(pytree, static=("drift_coefficient", "diffusion_coefficient", "t1"))
 @dataclass(frozen=True)
 class LinearSDE:
   """dx = f(t) x dt + g(t) dw for functions f and g of your own, smooth in time; the prior is N(0, sigma(t1)^2 I).
@@ -174,6 +176,7 @@ class LinearSDE:
     alpha, sigma = alphas * jnp.exp(grown), jnp.exp(grown) * jnp.sqrt(variances + added)
     return alpha.reshape(shape), sigma.reshape(shape)
 
+  @jax.jit
   def time_of_log_snr(self, log_snr_: Time) -> Float[Array, "..."]:
     return schedules.invert(lambda t: -log_snr(self, t), -float_time(log_snr_), 0.0, self.t1)
 
@@ -191,19 +194,3 @@ class LinearSDE:
 
   def _at(self, function: Coefficient, t: Array) -> Array:
     return function(t).astype(t.dtype)
-
-
-def _flatten(sde: LinearSDE) -> tuple[Any, Any]:
-  key = jax.tree_util.GetAttrKey
-  children = (key("alphas"), sde.alphas), (key("variances"), sde.variances)
-  return children, (sde.drift_coefficient, sde.diffusion_coefficient, sde.t1)
-
-
-def _unflatten(static: Any, tables: Any) -> LinearSDE:
-  sde = object.__new__(LinearSDE)
-  for name, value in zip(LinearSDE.__dataclass_fields__, (*static, *tables), strict=True):
-    object.__setattr__(sde, name, value)
-  return sde
-
-
-jax.tree_util.register_pytree_with_keys(LinearSDE, _flatten, _unflatten)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff import keys
+from jaxdiff import checks, keys
 from jaxdiff.losses import times, weights
 from jaxdiff.predictions import Prediction, call_network, noise_factor
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
@@ -54,7 +54,9 @@ def denoising(
     batch), None draws them from `key`. aux: "t" and "noise_error", the mean squared error of the noise per dimension.
 
   Raises:
-    ValueError: for a t0 outside [0, t1); when called, for stratified times without a batch to stratify.
+    ValueError: for a t0 outside [0, t1); when called, for stratified times without a batch to stratify, and for cond
+      or u of another batch.
+    TypeError: for a factory given where what it makes is due; when called, for integer data.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -68,11 +70,19 @@ def denoising(
     Score-Based Generative Modeling through SDEs, eq. 7; Song et al. 2021b, Maximum Likelihood Training, for the
     likelihood weight.
   """
+  for name, value, kind in (
+    ("sde", sde, ScalarSDE),
+    ("prediction", prediction, Prediction),
+    ("time", time, times.Times),
+  ):
+    checks.made(name, value, kind)
+  checks.made("weight", weight)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(
     key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    checks.batch("x0", x0, cond, u)
     noise_key, time_key = keys.split(keys.per_example(key, len(x0)))
     if u is None:
       u = times.draw(time, key, time_key, first.dtype)
