@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxdiff.typing import NO_COND
+
 
 def made(name: str, value: Any, kind: Any = object) -> None:
   """Refuse a factory or class given where what it makes is due, and what lacks the attributes of `kind`.
@@ -37,7 +39,7 @@ def made(name: str, value: Any, kind: Any = object) -> None:
     raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}")
 
 
-def batch(name: str, x: Any, cond: Any = None, u: Any = None) -> None:
+def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
   """Refuse a state that is no batch of floating point numbers, and conditions or u of another batch.
 
   Args:
@@ -57,9 +59,9 @@ def batch(name: str, x: Any, cond: Any = None, u: Any = None) -> None:
   if not x.shape:
     raise ValueError(f"{name} must have a leading batch axis, [b, *d]; got a scalar")
   size = x.shape[0]
-  if not isinstance(cond or {}, Mapping):
+  if not isinstance(cond, Mapping):
     raise TypeError(f"cond must be a dict of arrays with a leading batch axis, got {type(cond).__name__}")
-  for key, value in (cond or {}).items():
+  for key, value in cond.items():
     if jnp.shape(value)[:1] != (size,):
       raise ValueError(
         f"cond[{key!r}] must have one entry per example, [{size}, ...]; got shape {jnp.shape(value)}: what is the same "

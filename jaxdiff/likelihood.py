@@ -176,7 +176,7 @@ def bits_per_dim(
 
   Raises:
     ValueError: for levels below 2.
-    TypeError: when called with data that are not integers.
+    TypeError: for `likelihood.log_prob` itself; when called, for data that are not integers.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -185,6 +185,7 @@ def bits_per_dim(
     >>> bits(jax.random.key(0), x, lambda x, t: -x).value.shape
     (1,)
   """
+  checks.made("log_prob", log_prob)
   _check_levels(levels, data_range)
 
   def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:

@@ -32,7 +32,8 @@ from numpy.polynomial import legendre
 
 from jaxdiff import keys, schedules
 from jaxdiff.schedules import float_time
-from jaxdiff.sde import expand, log_snr, pytree
+from jaxdiff.sde import expand, pytree
+from jaxdiff.sde import log_snr as log_snr_at
 from jaxdiff.typing import Keys, State, Time
 
 Coefficient = Callable[[Array], Array]
@@ -177,8 +178,8 @@ class LinearSDE:
     return alpha.reshape(shape), sigma.reshape(shape)
 
   @jax.jit
-  def time_of_log_snr(self, log_snr_: Time) -> Float[Array, "..."]:
-    return schedules.invert(lambda t: -log_snr(self, t), -float_time(log_snr_), 0.0, self.t1)
+  def time_of_log_snr(self, log_snr: Time) -> Float[Array, "..."]:
+    return schedules.invert(lambda t: -log_snr_at(self, t), -float_time(log_snr), 0.0, self.t1)
 
   def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State:
     noise = keys.normal(keys.per_example(key, shape[0]), shape, jnp.result_type(float))

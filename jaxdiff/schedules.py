@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxdiff import checks
 from jaxdiff.typing import Scalar, Time
 
 SAMPLING_NOISE_TO_SIGNAL = 2e-3
@@ -164,6 +165,7 @@ def time_grid(
   References:
     Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, eq. 5.
   """
+  checks.made("sde", sde)
   if not hasattr(steps, "__index__"):
     raise TypeError(f"steps must be an integer, got {steps!r}")
   if steps < 1:

@@ -77,6 +77,8 @@ def denoising(
   ):
     checks.made(name, value, kind)
   checks.made("weight", weight)
+  if not callable(weight):
+    raise TypeError(f"weight must be a function of (sde, t), got {type(weight).__name__}")
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(
