@@ -16,6 +16,7 @@ from jaxdiff import samplers as samplers
 from jaxdiff import schedules as schedules
 from jaxdiff import typing as typing
 from jaxdiff.keys import example_keys as example_keys
+from jaxdiff.linear_sde import LinearSDE as LinearSDE
 from jaxdiff.predictions import Prediction as Prediction
 from jaxdiff.predictions import denoised as denoised
 from jaxdiff.predictions import score_fn as score_fn

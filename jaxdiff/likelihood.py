@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
+from jaxdiff import checks, flow, keys
 from jaxdiff import divergence as divergences
-from jaxdiff import flow, keys
 from jaxdiff import status as codes
 from jaxdiff.losses import decoders
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
@@ -80,7 +80,7 @@ def log_prob(
 
   Raises:
     ValueError: for tolerances that are not positive or a t0 outside [0, t1).
-    TypeError: when called with integer data.
+    TypeError: for a factory given where what it makes is due; when called, for integer data.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -89,6 +89,8 @@ def log_prob(
     >>> round(float(result.value[0]), 3)  # -log(2 pi)
     -1.838
   """
+  checks.made("sde", sde, ScalarSDE)
+  checks.made("divergence", divergence, divergences.Divergence)
   flow.check_tolerances(rtol, atol, max_steps)
   start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
   with jax.ensure_compile_time_eval():
@@ -96,8 +98,9 @@ def log_prob(
     first_step = jnp.clip(sde.time_of_log_snr(-2 * math.log(_FIRST_NOISE_TO_SIGNAL)) - start, 0.0, end - start)
 
   def fn(key: Keys, x0: State, score: ScoreFn, cond: Cond = NO_COND) -> LogProb:
-    if not jnp.issubdtype(x0.dtype, jnp.floating):
+    if jnp.issubdtype(getattr(x0, "dtype", float), jnp.integer):
       raise TypeError(f"x0 must be floating point, got {x0.dtype}: for integer data use likelihood.bits_per_dim")
+    checks.batch("x0", x0, cond)
     drift, _ = reverse(sde, score, eta=0.0)
 
     def one(key: Array, x: Array, cond: dict[str, Array]) -> tuple[Array, Array, Array, Status]:
@@ -179,7 +182,7 @@ def bits_per_dim(
 
   Raises:
     ValueError: for levels below 2.
-    TypeError: when called with data that are not integers.
+    TypeError: for `likelihood.log_prob` itself; when called, for data that are not integers.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -188,6 +191,7 @@ def bits_per_dim(
     >>> bits(jax.random.key(0), x, lambda x, t: -x).value.shape
     (1,)
   """
+  checks.made("log_prob", log_prob)
   _check_levels(levels, data_range)
 
   def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxdiff import checks
 from jaxdiff.sde import ScalarSDE, batch_time, expand
 from jaxdiff.typing import Network, Params, ScoreFn, State, Time
 
@@ -230,6 +231,7 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, predic
     the output (through the score it would lose up to 1e-4 in float32 where alpha is small).
 
   Raises:
+    TypeError: if the process is no pytree, or a factory was given where what it makes is due.
     ValueError, TypeError: when called, if the network returns another shape than x or an integer type.
 
   Example:
@@ -239,6 +241,13 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, predic
     >>> float(score(jnp.ones((1, 3)), 0.5)[0, 0])
     2.0
   """
+  checks.made("sde", sde, ScalarSDE)
+  checks.made("prediction", prediction, Prediction)
+  if jax.tree_util.all_leaves([sde]):
+    raise TypeError(
+      f"sde must be a pytree, so that the score may pass through jit; {type(sde).__name__} is none: put "
+      "@jax.tree_util.register_dataclass and @dataclass(frozen=True) on it"
+    )
   return _Model(apply, params, sde, prediction)
 
 

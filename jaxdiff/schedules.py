@@ -8,6 +8,7 @@ Every noise level of every process has one log-SNR, log(alpha^2 / sigma^2): grid
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxdiff import checks
 from jaxdiff.typing import Scalar, Step, Time
 
 SAMPLING_NOISE_TO_SIGNAL = 2e-3
 TRAINING_NOISE_TO_SIGNAL = 1e-3
+_INVERSE_TOLERANCE = 1e-2
+_KINDS = ("log_snr", "uniform", "karras")
 
 
 def float_time(t: Time) -> Float[Array, "..."]:
@@ -219,6 +223,30 @@ def _is_number(value: Any) -> bool:
   return not isinstance(value, jax.core.Tracer)
 
 
+def _check_inverse(sde: Any) -> None:
+  """Refuse a process whose `time_of_log_snr` does not invert its log-SNR halfway through."""
+  log_snr = lambda t: 2 * (jnp.log(sde.marginal(t)[0]) - jnp.log(sde.marginal(t)[1]))
+  middle = 0.5 * float_time(sde.t1)
+  value = log_snr(middle)
+  time = sde.time_of_log_snr(value)
+  error = jnp.abs(log_snr(time) - value)
+  if _is_number(error) and jnp.isfinite(value) and not error <= _INVERSE_TOLERANCE * (1 + jnp.abs(value)):
+    raise ValueError(
+      f"{type(sde).__name__}.time_of_log_snr must be the inverse of log(alpha^2 / sigma^2) of its marginal: at t = "
+      f"{middle} that is {value}, for which it gives t = {time}"
+    )
+
+
+def _derived_time(sde: Any, noise_to_signal: float) -> Float[Array, ""]:
+  time = jnp.maximum(sde.time_of_log_snr(-2 * jnp.log(float_time(noise_to_signal))), 0.0)
+  if _is_number(time) and _is_number(sde.t1) and not time < sde.t1:
+    raise ValueError(
+      f"the process never gets to sigma / alpha = {noise_to_signal} before its last time, t1 = {sde.t1}: give it more "
+      f"noise, or pass t0; got {sde}"
+    )
+  return time
+
+
 def start_time(sde: Any, t0: Scalar | None, noise_to_signal: float) -> Float[Array, ""]:
   """The smallest time of a loss, a sampler or a likelihood.
 
@@ -233,13 +261,14 @@ def start_time(sde: Any, t0: Scalar | None, noise_to_signal: float) -> Float[Arr
     A scalar.
 
   Raises:
-    ValueError: if t0 lies outside [0, t1), or there is no noise at t0.
+    ValueError: if t0 lies outside [0, t1), or there is no noise at t0; if `time_of_log_snr` of the process is wrong.
   """
   if t0 is not None and _is_number(t0) and _is_number(sde.t1) and not 0 <= float(t0) < float(sde.t1):
     raise ValueError(f"t0 must lie in [0, t1) = [0, {sde.t1}), got {t0}")
   with jax.ensure_compile_time_eval():
+    _check_inverse(sde)
     if t0 is None:
-      return jnp.maximum(sde.time_of_log_snr(-2 * jnp.log(float_time(noise_to_signal))), 0.0)
+      return _derived_time(sde, noise_to_signal)
     t0 = float_time(t0)
     silent = sde.marginal(t0)[1] <= 0
   if _is_number(silent) and silent:
@@ -270,6 +299,7 @@ def time_grid(
 
   Raises:
     ValueError: for steps below 1, an unknown kind, a t0 outside [0, t1).
+    TypeError: for steps that are no integer.
 
   Example:
     >>> import jaxdiff as jd
@@ -279,8 +309,16 @@ def time_grid(
   References:
     Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, eq. 5.
   """
+  checks.made("sde", sde)
+  if not hasattr(steps, "__index__"):
+    raise TypeError(f"steps must be an integer, got {steps!r}")
   if steps < 1:
     raise ValueError(f"steps must be at least 1, got {steps}")
+  if kind not in _KINDS:
+    near = difflib.get_close_matches(str(kind), _KINDS, 1)
+    raise ValueError(
+      f"kind must be 'log_snr', 'uniform' or 'karras', got {kind!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    )
   with jax.ensure_compile_time_eval():
     return _grid(sde, steps, kind, start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL), rho)
 
@@ -295,9 +333,7 @@ def _grid(sde: Any, steps: int, kind: str, t0: Array, rho: float) -> Float[Array
     times = first + fraction * (last - first)
   elif kind == "log_snr":
     times = sde.time_of_log_snr(-2 * (jnp.log(ratio[0]) + fraction * (jnp.log(ratio[1]) - jnp.log(ratio[0]))))
-  elif kind == "karras":
+  else:
     root = ratio ** (1 / rho)
     times = sde.time_of_log_snr(-2 * rho * jnp.log(root[0] + fraction * (root[1] - root[0])))
-  else:
-    raise ValueError(f"kind must be 'log_snr', 'uniform' or 'karras', got {kind!r}")
   return times.at[0].set(first).at[-1].set(last)

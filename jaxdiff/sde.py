@@ -20,7 +20,7 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff import keys, schedules
+from jaxdiff import checks, keys, schedules
 from jaxdiff.schedules import float_time
 from jaxdiff.typing import Keys, Scalar, ScoreFn, State, Time
 
@@ -79,8 +79,14 @@ def expand(coefficient: Float[Array, "..."], x: Array) -> Array:
   return coefficient.astype(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - 1) * (coefficient.ndim > 0))
 
 
+def _check_time(t: Time, x: Array) -> None:
+  if jnp.shape(t) not in ((), (1,), x.shape[:1]):
+    raise ValueError(f"t must be a scalar or one time per example, [{len(x)}]; got shape {jnp.shape(t)}")
+
+
 def batch_time(t: Time, x: Array) -> Float[Array, " b"]:
   """Time `[b]` for x `[b, *d]`."""
+  _check_time(t, x)
   return jnp.broadcast_to(float_time(t), x.shape[:1])
 
 
@@ -102,15 +108,27 @@ def perturb(key: Keys, x0: State, t: Time, sde: ScalarSDE) -> tuple[State, State
   Returns:
     (x_t, eps), each `[b, *d]` of the type of x0.
 
+  Raises:
+    TypeError: for an x0 that is no array of floating point numbers.
+    ValueError: for a t of another length.
+
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> x_t, noise = jd.perturb(jax.random.key(0), jnp.ones((4, 2)), 0.5, jd.VP())
     >>> x_t.shape, noise.shape
     ((4, 2), (4, 2))
   """
+  checks.batch("x0", x0)
+  _check_time(t, x0)
   noise = keys.normal(keys.per_example(key, len(x0)), x0.shape, x0.dtype)
   alpha, sigma = sde.marginal(t)
   return expand(alpha, x0) * x0 + expand(sigma, x0) * noise, noise
+
+
+def check_eta(eta: Scalar) -> None:
+  """Refuse a negative amount of noise; a traced one passes."""
+  if not isinstance(eta, jax.core.Tracer) and not float(eta) >= 0:
+    raise ValueError(f"eta must be at least 0 (0 the probability flow, 1 the reverse SDE), got {eta}")
 
 
 def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., State], Callable[..., State]]:
@@ -126,9 +144,14 @@ def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., 
   Returns:
     drift(x, t, **cond) and diffuse(t, v). Time still runs forwards: a sampler takes negative steps.
 
+  Raises:
+    ValueError: for a negative eta; when called, for a score of another shape than x.
+
   References:
     Song et al. 2021, eq. 6 (eta = 1) and eq. 13 (eta = 0); Zhang & Chen 2023, DEIS, Section 2, for every eta.
   """
+
+  check_eta(eta)
 
   def drift(x: State, t: Time, **cond: Array) -> State:
     t = batch_time(t, x)
@@ -141,6 +164,38 @@ def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., 
     return eta * sde.diffuse(t, v)
 
   return drift, diffuse
+
+
+def pytree(cls: Any, static: tuple[str, ...] = ()) -> Any:
+  """Make a dataclass a pytree whose `static` fields are structure, and which is rebuilt without its own checks.
+
+  `jax.tree_util.register_dataclass` would call the constructor, which must then take tracers, None and shapes.
+  """
+  data = tuple(field.name for field in fields(cls) if field.name not in static)
+
+  def flatten(sde: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    children = [(jax.tree_util.GetAttrKey(name), getattr(sde, name)) for name in data]
+    return children, tuple(getattr(sde, name) for name in static)
+
+  def unflatten(structure: Any, children: Any) -> Any:
+    sde = object.__new__(cls)
+    for name, value in zip(static + data, (*structure, *children), strict=True):
+      object.__setattr__(sde, name, value)
+    return sde
+
+  jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+  return cls
+
+
+def _check_numbers(sde: Any, rule: str, holds: Callable[..., bool]) -> None:
+  """Refuse a process of Python numbers that break its rule; arrays and tracers pass."""
+  numbers = vars(sde).values()
+  if all(isinstance(v, int | float) for v in numbers) and not (all(map(math.isfinite, numbers)) and holds(*numbers)):
+    raise ValueError(f"{type(sde).__name__} needs finite numbers with {rule}, got {sde}")
+
+
+def _check_linear_beta(sde: Any) -> None:
+  _check_numbers(sde, "0 <= beta_min <= beta_max and beta_max > 0", lambda low, high: 0 <= low <= high and high > 0)
 
 
 def _diffuse(sde: ScalarSDE, t: Time, v: State) -> State:
@@ -172,7 +227,7 @@ def _wide_prior_log_prob(sde: Any, z: State) -> Float[Array, " b"]:
   return _unit_prior_log_prob(sde, z / sde.sigma_max) - math.prod(z.shape[1:]) * jnp.log(sde.sigma_max)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class VP:
   """Variance preserving, beta linear in time: the continuous limit of DDPM."""
@@ -183,6 +238,9 @@ class VP:
   t1 = 1.0
   drift, diffuse = _linear_beta_drift, _diffuse
   prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
+
+  def __post_init__(self) -> None:
+    _check_linear_beta(self)
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     return jnp.sqrt(schedules.linear_beta(float_time(t), self.beta_min, self.beta_max))
@@ -195,7 +253,7 @@ class VP:
     return schedules.linear_beta_time(jax.nn.softplus(-float_time(log_snr)), self.beta_min, self.beta_max)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SubVP:
   """VP with less noise at every time: marginal variance (1 - exp(-B))^2, never above VP's."""
@@ -206,6 +264,9 @@ class SubVP:
   t1 = 1.0
   drift, diffuse = _linear_beta_drift, _diffuse
   prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob
+
+  def __post_init__(self) -> None:
+    _check_linear_beta(self)
 
   def diffusion(self, t: Time) -> Float[Array, "..."]:
     t = float_time(t)
@@ -224,7 +285,7 @@ class SubVP:
     return schedules.linear_beta_time(integral, self.beta_min, self.beta_max)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class CosineVP:
   """Variance preserving with alpha = cos(theta t); theta is such that log-SNR ends at `log_snr_min`."""
@@ -238,6 +299,9 @@ class CosineVP:
   @property
   def _theta(self) -> Array:
     return schedules.cosine_angle(self.log_snr_min)
+
+  def __post_init__(self) -> None:
+    _check_numbers(self, "log_snr_min < 0", lambda low: low < 0)
 
   def drift(self, x: State, t: Time) -> State:
     alpha, sigma = self.marginal(t)
@@ -256,7 +320,7 @@ class CosineVP:
     return schedules.cosine_angle(float_time(log_snr)) / self._theta
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class VE:
   """Variance exploding, sigma geometric in time: the continuous limit of SMLD. At t = 0 sigma is sigma_min, not 0."""
@@ -267,6 +331,9 @@ class VE:
   t1 = 1.0
   drift, diffuse = _no_drift, _diffuse
   prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
+
+  def __post_init__(self) -> None:
+    _check_numbers(self, "0 < sigma_min < sigma_max", lambda low, high: 0 < low < high)
 
   @property
   def _log_ratio(self) -> Array:
@@ -283,7 +350,7 @@ class VE:
     return (-0.5 * float_time(log_snr) - jnp.log(self.sigma_min)) / self._log_ratio
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class EDM:
   """Time is the noise level itself: sigma(t) = t, up to sigma_max."""
@@ -292,6 +359,9 @@ class EDM:
 
   drift, diffuse = _no_drift, _diffuse
   prior_sample, prior_log_prob = _wide_prior_sample, _wide_prior_log_prob
+
+  def __post_init__(self) -> None:
+    _check_numbers(self, "sigma_max > 0", lambda high: high > 0)
 
   @property
   def t1(self) -> Scalar:

@@ -77,7 +77,7 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
   [
     ("sde.type", "VPP", r"config.sde.type is 'VPP'; did you mean 'VP'\? valid: CosineVP, EDM, SubVP, VE, VP"),
     ("sde.beta_mim", 0.1, r"config.sde.beta_mim does not exist; did you mean 'beta_min'\?"),
-    ("sde.beta_max", -9.0, "config.sde: the log-SNR must be finite and fall with time"),
+    ("sde.beta_max", -9.0, r"config.sde: VP needs .* 0 <= beta_min <= beta_max"),
     ("sampel", {}, r"config.sampel does not exist; did you mean 'sample'\?"),
     ("seed", -1, "config.seed must be an integer"),
     ("prediction.sigma_data", 0.0, "config.prediction: sigma_data must be positive"),

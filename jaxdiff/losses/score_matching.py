@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxdiff import checks, keys
 from jaxdiff import divergence as divergences
-from jaxdiff import keys
 from jaxdiff.losses import times, weights
 from jaxdiff.predictions import Prediction, call_at, checked_output, noise_factor, score, score_fn
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
@@ -68,7 +68,9 @@ def denoising(
     batch), None draws them from `key`. aux: "t" and "noise_error", the mean squared error of the noise per dimension.
 
   Raises:
-    ValueError: for a t0 outside [0, t1); when called, for stratified times without a batch to stratify.
+    ValueError: for a t0 outside [0, t1); when called, for stratified times without a batch to stratify, and for cond
+      or u of another batch.
+    TypeError: for a factory given where what it makes is due; when called, for integer data.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -81,11 +83,13 @@ def denoising(
     Vincent 2011, Section 4; Song et al. 2021a, Score-Based Generative Modeling through SDEs, eq. 7; Song et al. 2021b,
     Maximum Likelihood Training of Score-Based Diffusion Models, for the likelihood weight.
   """
+  _check_made(sde, prediction, weight, time)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(
     key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    checks.batch("x0", x0, cond, u)
     noise_key, time_key = keys.split(keys.per_example(key, len(x0)))
     if u is None:
       u = times.draw(time, key, time_key, first.dtype)
@@ -97,6 +101,18 @@ def denoising(
     return 0.5 * weight(sde, t) * correction * squared, {"t": t, "noise_error": squared / dimension}
 
   return loss
+
+
+def _check_made(sde: ScalarSDE, prediction: Prediction, weight: weights.Weight, time: times.Times) -> None:
+  for name, value, kind in (
+    ("sde", sde, ScalarSDE),
+    ("prediction", prediction, Prediction),
+    ("time", time, times.Times),
+  ):
+    checks.made(name, value, kind)
+  checks.made("weight", weight)
+  if not callable(weight):
+    raise TypeError(f"weight must be a function of (sde, t), got {type(weight).__name__}")
 
 
 def squared_noise_error(
@@ -277,6 +293,7 @@ def _of_score(
     if prediction != score():
       raise ValueError("prediction must be predictions.score() without an sde: there is no noise level to convert by")
     return _at(objective, t)
+  _check_made(sde, prediction, weight, time)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(

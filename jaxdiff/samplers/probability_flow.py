@@ -9,7 +9,7 @@ References:
 import jax
 from jax import Array
 
-from jaxdiff import flow
+from jaxdiff import checks, flow
 from jaxdiff.keys import per_example
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time, time_grid
 from jaxdiff.sde import ScalarSDE, reverse
@@ -41,7 +41,8 @@ def probability_flow(
     sampler(key, x_T: [b, *d], score, cond={}) -> Sample. The flow is deterministic: key is not used.
 
   Raises:
-    ValueError: for tolerances that are not positive or a t0 outside [0, t1).
+    ValueError: for tolerances that are not positive or a t0 outside [0, t1); when called, for cond of another batch.
+    TypeError: for a class given as the process; when called, for an x_T that is no array of floating point numbers.
 
   Example:
     >>> import jax, jaxdiff as jd
@@ -51,6 +52,7 @@ def probability_flow(
     >>> bool(abs(sample.x - x_T).max() < 1e-4)  # N(0, I) is at rest under VP
     True
   """
+  checks.made("sde", sde, ScalarSDE)
   flow.check_tolerances(rtol, atol, max_steps)
   end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
@@ -59,6 +61,7 @@ def probability_flow(
     first_step = _FIRST_STEP * (start - end)
 
   def sampler(key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
+    checks.batch("x_T", x_T, cond)
     per_example(key, len(x_T))
     drift, _ = reverse(sde, score, eta=0.0)
 

@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff import keys, status
-from jaxdiff.sde import SDE, reverse
+from jaxdiff import checks, keys, status
+from jaxdiff.sde import SDE, check_eta, reverse
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State, Status
 
 
@@ -48,7 +48,9 @@ def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, path: bool 
     its own key: the same for any batch.
 
   Raises:
-    ValueError: for a grid that does not decrease within [0, t1].
+    ValueError: for a grid that does not decrease within [0, t1], a negative eta; when called, for cond of another
+      batch.
+    TypeError: for a class given as the process; when called, for an x_T that is no array of floating point numbers.
 
   Example:
     >>> import jax, jaxdiff as jd
@@ -59,11 +61,14 @@ def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, path: bool 
     >>> sample.x.shape, sample.nfe.tolist()
     ((4, 2), [100, 100, 100, 100])
   """
+  checks.made("sde", sde, SDE)
+  check_eta(eta)
   ts = jnp.asarray(ts)
   check_grid(ts, sde.t1)
   steps = len(ts) - 1
 
   def sampler(key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
+    checks.batch("x_T", x_T, cond)
     batch = len(x_T)
     noise_keys = keys.per_example(key, batch)
     drift, diffuse = reverse(sde, score, eta)

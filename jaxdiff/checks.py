@@ -1,0 +1,71 @@
+"""Errors for the mistakes that are easily made: a factory not called, an array of another length or type.
+
+All look at types and shapes only, so they cost nothing inside jit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxdiff.typing import NO_COND
+
+
+def made(name: str, value: Any, kind: Any = object) -> None:
+  """Refuse a factory or class given where what it makes is due, and what lacks the attributes of `kind`.
+
+  Args:
+    name: the argument.
+    value: what was given for it.
+    kind: a protocol or a named tuple.
+
+  Raises:
+    TypeError: naming the argument, and the call that is missing.
+
+  Example:
+    >>> import jaxdiff as jd
+    >>> made("prediction", jd.predictions.noise)
+    Traceback (most recent call last):
+      ...
+    TypeError: prediction is a factory: did you forget to call it: predictions.noise()?
+  """
+  module, label = (str(getattr(value, attribute, "")) for attribute in ("__module__", "__qualname__"))
+  is_class, home = isinstance(value, type), module.rpartition(".")[2]
+  if is_class or (label and module.startswith("jaxdiff.") and "<locals>" not in label):
+    what, call = ("a class", label) if is_class else ("a factory", f"{home}.{label}")
+    raise TypeError(f"{name} is {what}: did you forget to call it: {call}()?")
+  lacking = [part for part in dir(kind) if not part.startswith("_") and not hasattr(value, part)]
+  if lacking:
+    raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}")
+
+
+def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
+  """Refuse a state that is no batch of floating point numbers, and conditions or u of another batch.
+
+  Args:
+    name: the argument that holds x.
+    x: the state `[b, *d]`.
+    cond: the condition, arrays `[b, ...]` by name.
+    u: None, or numbers `[b]`.
+
+  Raises:
+    TypeError: if x is no array of floating point numbers, or cond no mapping.
+    ValueError: if shapes do not fit.
+  """
+  if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+    raise TypeError(f"{name} must be an array [b, *d], got {type(x).__name__}")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"{name} must be floating point, got {x.dtype}: scale integers first, by likelihood.dequantize")
+  if not x.shape:
+    raise ValueError(f"{name} must have a leading batch axis, [b, *d]; got a scalar")
+  size = x.shape[0]
+  if not isinstance(cond, Mapping):
+    raise TypeError(f"cond must be a dict of arrays with a leading batch axis, got {type(cond).__name__}")
+  for key, value in cond.items():
+    if jnp.shape(value)[:1] != (size,):
+      raise ValueError(
+        f"cond[{key!r}] must have one entry per example, [{size}, ...]; got shape {jnp.shape(value)}: what is the same "
+        "for all examples belongs into the network"
+      )
+  if u is not None and jnp.shape(u) != (size,):
+    raise ValueError(f"u must be one number per example, [{size}]; got shape {jnp.shape(u)}")
