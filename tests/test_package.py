@@ -41,6 +41,18 @@ def test_public_names_of_the_design_exist():
     assert operator.attrgetter(name)(jd) is not None
 
 
+def test_names_imported_late_are_those_that_type_checkers_see():
+  tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+  seen = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+  seen -= {"TYPE_CHECKING", "Any"}
+  assert seen == {*jd._MODULES, *jd._HOME}
+  assert seen <= set(dir(jd))
+  for name in seen:
+    assert getattr(jd, name) is not None
+  with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    _ = jd.nothing
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_and_functions_stay_short_and_documented(path):
   text = path.read_text(encoding="utf-8")
