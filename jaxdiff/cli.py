@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+from types import TracebackType
 
 USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=value ...]
 
@@ -38,6 +39,12 @@ def _leave(code: int, message: object) -> None:
   sys.exit(code)
 
 
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+  """Print an uncaught error, but not those of callbacks that outlive the reading of a damaged checkpoint."""
+  if str(error) != "Event loop is closed":
+    sys.__excepthook__(kind, error, trace)
+
+
 def main(argv: list[str] | None = None) -> None:
   """Run a command.
 
@@ -62,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 def _run(command: str, argv: list[str]) -> None:
   from jaxdiff import arguments, commands, factory, rundir, status, training
 
-  # Of a damaged checkpoint orbax logs the tracebacks of its coroutines before our own message comes.
+  # For a damaged checkpoint our own message is enough, without the tracebacks of the coroutines that read it.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  sys.excepthook = _show
   try:
     config, workdir = arguments.parse(argv)
     factory.check(config)

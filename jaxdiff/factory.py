@@ -114,9 +114,9 @@ def make_process(config: Config) -> sde.ScalarSDE:
     raise ConfigError(f"config.sde: the diffusion g(t) must be positive, it is not for {process}: check the signs")
   if (signal := np.exp(0.5 * snr[-1])) > _LARGEST_SIGNAL_AT_PRIOR:
     warnings.warn(
-      f"config.sde: alpha / sigma is {signal:.3g} at t1, so the prior does not match the noised data: "
-      f"take more noise, up to {_LARGEST_SIGNAL_AT_PRIOR} or less ({process})",
-      stacklevel=2,
+      f"config.sde: alpha / sigma is {signal:.2g} at t1, so noised data do not match the prior; choose values with at "
+      f"most {_LARGEST_SIGNAL_AT_PRIOR}, got {process}",
+      stacklevel=1,
     )
   return process
 

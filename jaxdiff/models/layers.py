@@ -23,7 +23,7 @@ def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> N
 
 
 def check_input(x: Array, t: Array, rank: int, layout: str) -> None:
-  """Raises a TypeError unless `x` is of floats, a ValueError unless it has `rank` axes and `t` one entry per example."""
+  """Raises a TypeError if `x` is not of floats, a ValueError for a wrong shape of `x` or `t`."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"x has dtype {x.dtype}: pass floats; integers of images are dequantized or scaled first")
   if x.ndim != rank:

@@ -101,9 +101,7 @@ class UNet(nn.Module):
     check_input(x, t, rank=4, layout="images [b, h, w, c]")
     levels = len(self.channel_multipliers)
     if wrong := [level for level in self.attention_levels if not 0 <= level < levels]:
-      raise ValueError(
-        f"attention_levels={self.attention_levels}: there is no level {wrong[0]}, take 0 to {levels - 1}"
-      )
+      raise ValueError(f"attention_levels={self.attention_levels}: there is no level {wrong[0]}, take 0..{levels - 1}")
     factor = 2 ** (levels - 1)
     check_divisible("height of x", x.shape[1], "2^(levels - 1)", factor)
     check_divisible("width of x", x.shape[2], "2^(levels - 1)", factor)
