@@ -26,13 +26,13 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
   options = _options(argv)
   if "--workdir" not in options:
     raise ConfigError("--workdir=DIR is needed: the directory of the run")
-  workdir = Path(options.pop("--workdir"))
+  workdir = Path(options.pop("--workdir")).expanduser()
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f"--workdir={workdir} is a file; give the directory of the run")
   file, own = options.pop("--config", None), workdir / "config.json"
   if file is None and not own.exists():
     raise ConfigError(f"{own} does not exist: train first, or give --config=FILE")
-  config = factory.read(own) if file is None else load(Path(file))
+  config = factory.read(own) if file is None else load(Path(file).expanduser())
   return override(config, {name.removeprefix("--config."): text for name, text in options.items()}), workdir
 
 
@@ -42,9 +42,11 @@ def _options(argv: list[str]) -> dict[str, str]:
     name, equals, value = rest.pop(0).partition("=")
     if name not in ("--workdir", "--config") and not name.startswith("--config."):
       raise ConfigError(f"unexpected argument {name + equals + value!r}: settings are given as --config.field=value")
-    if not equals and (not rest or rest[0].startswith("--")):
+    if not equals and rest and not rest[0].startswith("--"):
+      value = rest.pop(0)
+    if not value:
       raise ConfigError(f"{name} needs a value: {name}=VALUE")
-    options[name] = value if equals else rest.pop(0)
+    options[name] = value
   return options
 
 
@@ -105,7 +107,7 @@ def _set(config: Config, path: str, text: str) -> None:
     raise ConfigError(f"config.{path} is a section: set its fields, --config.{path}.field=value")
   if path == "seed":
     section[name] = _value(path, text, int)
-  elif name == "type" and isinstance(schema.SECTIONS[where].makes, Mapping):
+  elif where and name == "type" and isinstance(schema.SECTIONS[where].makes, Mapping):
     _set_type(section, where, text)
   else:
     _check_name(where, section, name)

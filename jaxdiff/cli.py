@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from types import TracebackType
+from typing import Any, NoReturn
 
 USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=value ...]
 
@@ -34,15 +34,20 @@ def _avoid_miscompiled_reductions() -> None:
 _avoid_miscompiled_reductions()  # XLA reads its flags once
 
 
-def _leave(code: int, message: object) -> None:
+def _leave(code: int, message: object) -> NoReturn:
   print(f"jaxdiff: {message}", file=sys.stderr, flush=True)
   sys.exit(code)
 
 
-def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-  """Print an uncaught error, but not those of callbacks that outlive the reading of a damaged checkpoint."""
-  if str(error) != "Event loop is closed":
-    sys.__excepthook__(kind, error, trace)
+def _quieten() -> None:
+  """For a damaged checkpoint our own message is enough, without the tracebacks of the coroutines that read it."""
+
+  def show(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      sys.__unraisablehook__(unraisable)
+
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  sys.unraisablehook = show
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
 
   Exits with 2 for a mistake in the input, 1 for a run that failed, 128 + n for a training that signal n stopped.
   """
-  argv = sys.argv[1:] if argv is None else argv
+  if argv is None:
+    argv = sys.argv[1:]
+    _quieten()
   if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
     print(USAGE)
     return
@@ -69,9 +76,6 @@ def main(argv: list[str] | None = None) -> None:
 def _run(command: str, argv: list[str]) -> None:
   from jaxdiff import arguments, commands, factory, rundir, status, training
 
-  # For a damaged checkpoint our own message is enough, without the tracebacks of the coroutines that read it.
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  sys.excepthook = _show
   try:
     config, workdir = arguments.parse(argv)
     factory.check(config)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import jaxdiff
 from jaxdiff import arguments, cli, factory, rundir
 from jaxdiff.training import load_params
 from jaxdiff.training.metrics import MetricsWriter, read_metrics
@@ -92,7 +91,9 @@ def test_training_again_adds_nothing(trained, capsys):
 
 def test_sample_finds_the_run_s_own_config(trained, capsys):
   run("sample", trained)
-  assert str(trained / "samples.png") in capsys.readouterr().out
+  out, err = capsys.readouterr()
+  assert str(trained / "samples.png") in out
+  assert err == "sampling from step 40\n"
   drawn = np.load(trained / "samples.npz", allow_pickle=False)
   assert drawn["x"].shape == (24, 2)
   assert drawn["nfe"].min() > 0
@@ -189,6 +190,18 @@ def test_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(trained, 
   assert_same(trained, tmp_path / "run")
 
 
+def test_damaged_checkpoints_are_named_without_tracebacks(trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
+  for file in (tmp_path / "run" / "checkpoints").rglob("manifest.ocdbt"):
+    file.write_bytes(file.read_bytes()[:20])
+  command = [sys.executable, "-m", "jaxdiff.cli", "sample", f"--workdir={tmp_path / 'run'}"]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert result.returncode == 1
+  assert result.stderr.startswith("jaxdiff: none of the checkpoints in")
+  assert "Traceback" not in result.stderr
+
+
 def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
   arguments = [*TOY, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=12"]
   error = fails(1, capsys, "train", tmp_path / "run", *arguments)
@@ -206,6 +219,9 @@ def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint
     ([*TOY, "--config.sde.type=VE", "--config.sde.beta_min=1"], "config.sde.beta_min does not exist"),
     ([*TOY, "--config.sde=VE"], "config.sde is a section: set its fields"),
     ([*TOY, "--config.sde.beta_min.x=1"], "config.sde.beta_min is a value and has no fields"),
+    ([*TOY, "--config.type=VE"], "config.type does not exist"),
+    ([*TOY, "--config.seed.x=1"], "config.seed is a value and has no fields"),
+    ([*TOY, "--config.seed="], "--config.seed needs a value"),
     ([*TOY, "--config.modle.x=1"], "config.modle does not exist; "),
     ([*TOY, "--config.loss.wieght.type=edm"], "did you mean 'weight'? valid: t0, time, weight"),
     (
@@ -381,10 +397,11 @@ def test_help_needs_no_jax():
   assert out.endswith("False\n")
 
 
-def test_missing_packages_of_the_command_line_are_named(monkeypatch, capsys, tmp_path):
-  monkeypatch.setitem(sys.modules, "jaxdiff.arguments", None)
-  monkeypatch.delattr(jaxdiff, "arguments")
-  assert "is missing; the command line needs pip install '.[train]'" in fails(2, capsys, "train", tmp_path, *TOY)
+def test_missing_packages_of_the_command_line_are_named():
+  code = "import sys; sys.modules['optax'] = None; from jaxdiff import cli; cli.main(['train', '--workdir=x'])"
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert result.returncode == 2
+  assert result.stderr == "jaxdiff: the module 'optax' is missing; the command line needs pip install '.[train]'\n"
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["sample", "-h"], []])

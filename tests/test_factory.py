@@ -180,6 +180,14 @@ def objective_values(config, source, batch):
   return jax.jit(lambda p: objective(p, keys, {"x": jnp.asarray(batch), "u": u})[0])(params)
 
 
+def test_objective_reports_the_loss_per_dimension(toy):
+  source = from_arrays(np.ones((4, 2), np.float32))
+  objective, params = factory.make_objective(toy, source), factory.init_params(toy, source)
+  batch = {"x": jnp.ones((4, 2)), "u": jnp.linspace(0.1, 0.9, 4)}
+  loss, aux = objective(params, jd.example_keys(jax.random.key(0), 0, 4), batch)
+  np.testing.assert_allclose(aux["loss_per_dim"], loss / 2)
+
+
 def test_objective_dequantizes_flips_and_drops(toy):
   digits = sources.digits("train")
   batch = digits.gather(np.arange(8))["x"]
