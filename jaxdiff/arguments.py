@@ -57,14 +57,17 @@ def load(file: Path) -> Config:
   try:
     get_config = runpy.run_path(str(file)).get("get_config")
     config = get_config() if callable(get_config) else None
+    plain = factory.normalize(config) if isinstance(config, ConfigDict | Mapping) else None
+  except ConfigError:
+    raise
   except Exception as error:
     text = " ".join(str(error).split())
     raise ConfigError(f"--config={file} cannot be run: {type(error).__name__}: {text}{_line(error, file)}") from error
   if not callable(get_config):
     raise ConfigError(f"--config={file} has no function get_config(); see configs/digits.py")
-  if not isinstance(config, ConfigDict | Mapping):
+  if plain is None:
     raise ConfigError(f"--config={file}: get_config() must return a ConfigDict, got {config!r}")
-  return factory.normalize(config)
+  return plain
 
 
 def _line(error: Exception, file: Path) -> str:

@@ -90,7 +90,8 @@ def _component(path: str, section: Any, /, **given: Any) -> Any:
   """What a section makes, given what its own sections have made."""
   schema.check_section(path, section)
   (constructor,) = schema.constructors(path, section)
-  fields = {name: value for name, value in section.items() if name in schema.parameters(path, section)}
+  known = schema.parameters(path, section)
+  fields = {name: schema.cast(section[name], known[name].annotation) for name in section.keys() & known.keys()}
   return _construct(constructor, fields, path, **given)
 
 

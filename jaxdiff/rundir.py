@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -71,9 +72,11 @@ def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
     trained = factory.normalize(training.load_fingerprint(workdir / "checkpoints"))
   except ValueError as error:
     raise ConfigError(str(error)) from error
-  given = factory.identity(config)
-  pick = {name: given[name] for name in factory.MODEL_SECTIONS}
-  _check_same_model(workdir, factory.differences({name: trained["config"][name] for name in pick}, pick))
+  then, given = trained["config"], factory.identity(config)
+  model = {name: given[name] for name in factory.MODEL_SECTIONS}
+  _check_same_model(workdir, factory.differences({name: then[name] for name in model}, model))
+  if unused := factory.differences(then, given):
+    print(f"jaxdiff: the run is trained, so without effect: {'; '.join(unused)}", file=sys.stderr)
   source = factory.make_source(config, "train")
   now = factory.normalize(pipeline.fingerprint(source, 1, 0))
   _check_same_model(

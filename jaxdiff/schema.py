@@ -227,6 +227,12 @@ def fits(value: Any, annotation: Any) -> bool:
   return annotation in (str, bool) and isinstance(value, annotation)
 
 
+def cast(value: Any, annotation: Any) -> Any:
+  """The value, a whole number as a float where the annotation has floats."""
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  return float(value) if whole and float in (annotation, *get_args(annotation)) else value
+
+
 def paths(path: str, section: Any) -> list[str]:
   """The fields of the section at `path` that hold the path of a file or folder."""
   return [name for name, field in parameters(path, section).items() if Path in get_args(field.annotation)]

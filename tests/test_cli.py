@@ -274,6 +274,12 @@ def test_another_model_or_other_data_are_refused(trained, command, argument, mes
   assert "Leave these settings as they were" in error
 
 
+def test_settings_of_the_training_have_no_effect_on_samples_and_that_is_said(trained, capsys):
+  run("sample", trained, "--config.seed=7", "--config.sample.num=8", "--config.sample.batch_size=8")
+  assert "the run is trained, so without effect: config.seed was 0, is 7" in capsys.readouterr().err
+  assert np.load(trained / "samples.npz")["x"].shape == (8, 2)
+
+
 def npz_config(folder, x, levels=None):
   """A config file for the arrays, beside them, and the flags that go with it."""
   np.savez(folder / "x.npz", x=x)
@@ -327,6 +333,11 @@ def test_bad_data_are_named_before_any_training(x, levels, message, tmp_path, mo
     ("import missing_module\n", "ModuleNotFoundError: No module named 'missing_module' (line 1)"),
     ("def get_config():\n  return 1 / 0\n", "ZeroDivisionError: division by zero (line 2)"),
     ("config = {}\n", "config.py has no function get_config()"),
+    (
+      "from ml_collections import ConfigDict, config_dict\n"
+      "def get_config():\n  return ConfigDict({'seed': config_dict.required_placeholder(int)})\n",
+      "cannot be run: RequiredValueError",
+    ),
     ("def get_config():\n  pass\n", "get_config() must return a ConfigDict, got None"),
     ("def get_config():\n  return {'sde': print}\n", "config.sde holds <built-in function print>"),
     ("def get_config():\n  return {'sde': {}}\n", "config needs seed, data"),
