@@ -146,9 +146,14 @@ def init_params(config: Config, source: Source) -> Any:
   """Initial parameters, from the seed of the config; `jax.eval_shape` of this gives their shapes."""
   x = jnp.zeros((1, *source.shape))
   try:
-    return jax.jit(make_network(config).init)(jax.random.key(config["seed"]), x, jnp.ones(1))
-  except ValueError as error:
+    params = jax.jit(make_network(config).init)(jax.random.key(config["seed"]), x, jnp.ones(1))
+  except (ValueError, TypeError, ZeroDivisionError) as error:
     raise ConfigError(f"config.network does not fit data of shape {source.shape}: {error}") from error
+  if empty := [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.size == 0]:
+    raise ConfigError(
+      f"config.network has no parameters in {jax.tree_util.keystr(empty[0])}: its sizes must be positive"
+    )
+  return params
 
 
 def make_optimizer_of(config: Config) -> optax.GradientTransformation:

@@ -163,6 +163,18 @@ def test_network_that_does_not_fit_the_data_is_refused(toy, untyped):
     factory.init_params(config, source)
 
 
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("dtype", "float99", "config.network does not fit .*float99"),
+    ("width", 0, r"config.network has no parameters in \['params'\].*must be positive"),
+  ],
+)
+def test_networks_that_cannot_be_are_refused(toy, field, value, message, untyped):
+  with pytest.raises(ConfigError, match=message):
+    factory.init_params(changed(toy, f"network.{field}", value), from_arrays(np.zeros((4, 2), np.float32)))
+
+
 def test_data_mistakes_are_named(toy, tmp_path):
   with pytest.raises(ConfigError, match=r"config.data: .*moons"):
     factory.make_source(changed(toy, "data.name", "moon"), "train")
