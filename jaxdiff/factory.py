@@ -1,15 +1,10 @@
-"""From a config to components: the only file that knows configs.
-
-A config is a nested dict. A section with a `type` is one component: the tables below give its constructor, and the
-constructor's signature is the schema of the rest. A section without is the settings of a step of the work. Anything
-unknown is refused at once, with its path and the nearest valid spelling.
-"""
+"""From a config to components: the only file that builds from configs; `schema` says what a config may hold."""
 
 import dataclasses
-import difflib
 import functools
-import inspect
 import json
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,117 +15,43 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxdiff import divergence, keys, likelihood, losses, predictions, samplers, schedules, sde
-from jaxdiff.data import sources
-from jaxdiff.data.examples import Source
+from jaxdiff import keys, likelihood, losses, predictions, schedules, schema, sde
+from jaxdiff.data.examples import SPLITS, Source, check_choice
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.models import MLP, UNet
-from jaxdiff.training import make_optimizer
+from jaxdiff.schema import Config as Config
+from jaxdiff.schema import ConfigError as ConfigError
+from jaxdiff.schema import LikelihoodSettings, SampleSettings, TrainSettings
 
-Table = Mapping[str, Callable[..., Any]]
-
-SOURCES: Table = {
-  "digits": sources.digits,
-  "toy2d": sources.toy2d,
-  "npz": sources.npz,
-  "image_folder": sources.image_folder,
-  "tfds": sources.tfds_source,
-}
-PROCESSES: Table = {"VP": sde.VP, "SubVP": sde.SubVP, "CosineVP": sde.CosineVP, "VE": sde.VE, "EDM": sde.EDM}
-PREDICTIONS: Table = {
-  "noise": predictions.noise,
-  "data": predictions.data,
-  "velocity": predictions.velocity,
-  "score": predictions.score,
-  "edm": predictions.edm,
-}
-LOSSES: Table = {"denoising": losses.denoising}
-WEIGHTS: Table = {
-  "noise": losses.weights.noise,
-  "likelihood": losses.weights.likelihood,
-  "edm": losses.weights.edm,
-  "min_snr": losses.weights.min_snr,
-}
-TIMES: Table = {
-  "uniform": losses.times.uniform,
-  "importance": losses.times.importance,
-  "log_normal": losses.times.log_normal,
-}
-NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
-SAMPLERS: Table = {"reverse_sde": samplers.reverse_sde, "probability_flow": samplers.probability_flow}
-DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-  """How to train. Steps count updates; `random_flip` mirrors half of the images left to right."""
-
-  batch_size: int = 128
-  steps: int = 1000
-  ema_decay: float = 0.999
-  random_flip: bool = False
-  log_every: int = 50
-  checkpoint_every: int = 500
-  keep: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleSettings:
-  """How many samples to draw, how many at a time, and how many trajectories to show."""
-
-  num: int = 100
-  batch_size: int = 100
-  trajectories: int = 6
-  seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class LikelihoodSettings:
-  """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time."""
-
-  split: str = "test"
-  limit: int = 0
-  batch_size: int = 120
-  seed: int = 0
-
-
-Config = dict[str, Any]
-SECTIONS = (
-  "seed",
-  "data",
-  "sde",
-  "prediction",
-  "loss",
-  "network",
-  "optimizer",
-  "train",
-  "sample",
-  "sampler",
-  "likelihood",
-)
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
+MODEL_SECTIONS = ("data", "sde", "prediction", "network")
 _FREE_TRAIN_FIELDS = ("log_every", "checkpoint_every", "keep")
+_LARGEST_SIGNAL_AT_PRIOR = 0.05
 
 
-class ConfigError(ValueError):
-  """A config names something that does not exist or holds a value out of range."""
-
-
-def normalize(config: ConfigDict | Mapping[str, Any]) -> Config:
+def normalize(config: ConfigDict | Mapping[str, Any], path: str = "config") -> Config:
   """A plain dict of numbers, strings, None, tuples and dicts: what JSON keeps, with its lists read as tuples."""
-  tree = json.loads(config.to_json() if isinstance(config, ConfigDict) else json.dumps(config))
 
-  def tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-      return {name: tuples(item) for name, item in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
+  def plain(value: Any, path: str) -> Any:
+    if isinstance(value, ConfigDict | Mapping):
+      return normalize(value, path)
+    if isinstance(value, list | tuple):
+      return tuple(plain(item, path) for item in value)
+    if isinstance(value, np.generic):
+      return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+      return value
+    raise ConfigError(f"{path} holds {value!r}; give a number, a text, None, a tuple or a ConfigDict")
 
-  return tuples(tree)
+  return {str(name): plain(value, f"{path}.{name}") for name, value in config.items()}
 
 
 def read(path: Path) -> Config:
   """The config that a run wrote into its directory."""
-  return normalize(json.loads(path.read_text(encoding="utf-8")))
+  try:
+    return normalize(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, AttributeError, OSError) as error:
+    raise ConfigError(f"{path} cannot be read as the config of a run ({error}); restore it, or train anew") from error
 
 
 def write(config: Config, path: Path) -> None:
@@ -139,104 +60,129 @@ def write(config: Config, path: Path) -> None:
 
 
 def identity(config: Config) -> Config:
-  """The part of a config that decides what a training run computes: two runs with the same are the same run."""
+  """The part of a config that decides what a training run computes: two runs with the same are the same run.
+
+  Where the data lie is no part of it; what they are is compared by their content.
+  """
   train = {name: value for name, value in config["train"].items() if name not in _FREE_TRAIN_FIELDS}
-  return {name: config[name] for name in TRAINING_SECTIONS} | {"train": train}
+  paths = schema.paths("data", config["data"])
+  data = {name: value for name, value in config["data"].items() if name not in paths}
+  return {name: config[name] for name in TRAINING_SECTIONS} | {"data": data, "train": train}
 
 
-def _nearest(word: str, words: Any) -> str:
-  close = difflib.get_close_matches(word.lower(), [w.lower() for w in words], n=1, cutoff=0.5)
-  names = sorted(words)
-  hint = f"did you mean {next(w for w in names if w.lower() == close[0])!r}? " if close else ""
-  return f"{hint}valid: {', '.join(names)}"
+def differences(saved: Any, given: Any, path: str = "config") -> list[str]:
+  """What two configs differ in, a text for each field."""
+  if isinstance(saved, dict) and isinstance(given, dict):
+    names = sorted(saved.keys() | given.keys())
+    return [text for name in names for text in differences(saved.get(name), given.get(name), f"{path}.{name}")]
+  return [] if saved == given else [f"{path} was {saved!r}, is {given!r}"]
 
 
-def _construct(constructor: Callable[..., Any], fields: Mapping[str, Any], path: str, **given: Any) -> Any:
+def _construct(constructor: Callable[..., Any], fields: Mapping[str, Any], path: str, /, **given: Any) -> Any:
   """`constructor(**given, **fields)`, with errors that name the path in the config."""
-  signature = inspect.signature(constructor).parameters
-  valid = [name for name in signature if name not in given]
-  for name in fields:
-    if name not in valid:
-      raise ConfigError(f"config.{path}.{name} does not exist; {_nearest(name, valid)}")
-  missing = [n for n in valid if n not in fields and signature[n].default is inspect.Parameter.empty]
-  if missing:
-    raise ConfigError(f"config.{path} needs a value for {', '.join(missing)}")
   try:
     return constructor(**given, **fields)
-  except (ValueError, TypeError, FileNotFoundError) as error:
+  except (ValueError, TypeError, OSError) as error:
     raise ConfigError(f"config.{path}: {error}") from error
 
 
-def _component(table: Table, section: Any, path: str, **given: Any) -> Any:
-  """The component that a section names by its `type`."""
-  kind = str(section.get("type")) if isinstance(section, Mapping) else "missing"
-  if kind not in table:
-    raise ConfigError(f"config.{path}.type is {kind!r}; {_nearest(kind, table)}")
-  return _construct(table[kind], {name: value for name, value in section.items() if name != "type"}, path, **given)
-
-
-def check_sections(config: Config) -> None:
-  """Refuse sections that do not exist, and name those that are missing."""
-  for name in config:
-    if name not in SECTIONS:
-      raise ConfigError(f"config.{name} does not exist; {_nearest(name, SECTIONS)}")
-  if missing := [name for name in SECTIONS if name not in config]:
-    raise ConfigError(f"config needs {', '.join(missing)}")
+def _component(path: str, section: Any, /, **given: Any) -> Any:
+  """What a section makes, given what its own sections have made."""
+  schema.check_section(path, section)
+  (constructor,) = schema.constructors(path, section)
+  known = schema.parameters(path, section)
+  fields = {name: schema.cast(section[name], known[name].annotation) for name in section.keys() & known.keys()}
+  return _construct(constructor, fields, path, **given)
 
 
 def make_source(config: Config, split: str) -> Source:
   """The examples of a split."""
-  return _component(SOURCES, config["data"], "data", split=split)
+  return _component("data", config["data"], split=split)
 
 
 def make_process(config: Config) -> sde.ScalarSDE:
-  """The forward process; its log-SNR must be finite and fall with time."""
-  process = _component(PROCESSES, config["sde"], "sde")
-  snr = np.asarray(sde.log_snr(process, jnp.linspace(0.1, 1.0, 10) * process.t1))
+  """The forward process; its log-SNR must be finite and fall with time, its noise positive and its prior reached."""
+  process = _component("sde", config["sde"])
+  first = float(schedules.start_time(process, None, schedules.TRAINING_NOISE_TO_SIGNAL))
+  last = float(process.t1)
+  if not 0 <= first < last:
+    raise ConfigError(f"config.sde: no time before t1 = {last} has little noise: check the values of {process}")
+  times = jnp.asarray(np.geomspace(min(first or 1e-3 * last, 1e-3 * last), last, 50), jnp.float32)
+  snr, diffusion = np.asarray(sde.log_snr(process, times)), np.asarray(process.diffusion(times))
   if not (np.isfinite(snr).all() and (np.diff(snr) < 0).all()):
-    raise ConfigError(f"config.sde: the log-SNR must be finite and fall with time, got {snr} from {process}")
+    raise ConfigError(f"config.sde: the log-SNR must be finite and fall with time, got {snr[[0, -1]]} from {process}")
+  if not (np.isfinite(diffusion).all() and (diffusion > 0).all() and float(process.diffusion(0.0)) >= 0):
+    raise ConfigError(f"config.sde: the diffusion g(t) must be positive, it is not for {process}: check the signs")
+  if (signal := np.exp(0.5 * snr[-1])) > _LARGEST_SIGNAL_AT_PRIOR:
+    warnings.warn(
+      f"config.sde: alpha / sigma is {signal:.2g} at t1, so noised data do not match the prior; choose values with at "
+      f"most {_LARGEST_SIGNAL_AT_PRIOR}, got {process}",
+      stacklevel=1,
+    )
   return process
 
 
 def make_prediction(config: Config) -> predictions.Prediction:
   """What the network outputs."""
-  return _component(PREDICTIONS, config["prediction"], "prediction")
+  return _component("prediction", config["prediction"])
 
 
 def make_loss(config: Config) -> tuple[losses.score_matching.Loss, bool]:
   """The loss, and whether its times are stratified over the batch."""
-  section = dict(config["loss"])
-  weight = _component(WEIGHTS, section.pop("weight", {"type": "noise"}), "loss.weight")
-  time = _component(TIMES, section.pop("time", {"type": "uniform"}), "loss.time")
+  section = config["loss"]
+  schema.check_section("loss", section)
+  weight = _component("loss.weight", section.get("weight", {"type": "noise"}))
+  time = _component("loss.time", section.get("time", {"type": "uniform"}))
   given = {"sde": make_process(config), "prediction": make_prediction(config), "weight": weight, "time": time}
-  return _component(LOSSES, section, "loss", **given), time.stratified
+  return _component("loss", section, **given), time.stratified
 
 
 def make_network(config: Config) -> UNet | MLP:
   """The linen module."""
-  return _component(NETWORKS, config["network"], "network", parent=None, name=None)
+  return _component("network", config["network"], parent=None, name=None)
 
 
 def init_params(config: Config, source: Source) -> Any:
   """Initial parameters, from the seed of the config; `jax.eval_shape` of this gives their shapes."""
   x = jnp.zeros((1, *source.shape))
   try:
-    return jax.jit(make_network(config).init)(jax.random.key(config["seed"]), x, jnp.ones(1))
-  except ValueError as error:
+    params = jax.jit(make_network(config).init)(jax.random.key(config["seed"]), x, jnp.ones(1))
+  except (ValueError, TypeError, ZeroDivisionError) as error:
     raise ConfigError(f"config.network does not fit data of shape {source.shape}: {error}") from error
+  if empty := [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.size == 0]:
+    raise ConfigError(
+      f"config.network has no parameters in {jax.tree_util.keystr(empty[0])}: its sizes must be positive"
+    )
+  return params
 
 
 def make_optimizer_of(config: Config) -> optax.GradientTransformation:
   """The optimizer; its schedule ends with the training."""
-  return _construct(make_optimizer, config["optimizer"], "optimizer", total_steps=train_settings(config).steps)
+  section, steps = config["optimizer"], train_settings(config).steps
+  schema.check_section("optimizer", section)
+  if section["warmup_steps"] >= steps:
+    raise ConfigError(
+      f"config.train.steps = {steps} must exceed config.optimizer.warmup_steps = {section['warmup_steps']}: "
+      "train longer, or warm up in fewer steps"
+    )
+  return _component("optimizer", section, total_steps=steps)
+
+
+def _at_least(path: str, settings: Any, least: int, *names: str) -> None:
+  for name in names:
+    if (value := getattr(settings, name)) < least:
+      raise ConfigError(f"config.{path}.{name} must be at least {least}, got {value}")
+
+
+def _check_seed(path: str, seed: Any) -> None:
+  if not 0 <= seed < 2**32:
+    raise ConfigError(f"config.{path} must be an integer from 0 to 2**32 - 1, got {seed!r}")
 
 
 def train_settings(config: Config) -> TrainSettings:
   """The section `train`, its numbers in range."""
-  settings = _construct(TrainSettings, config["train"], "train")
-  for name in ("batch_size", "steps", "log_every", "checkpoint_every", "keep"):
-    if getattr(settings, name) < 1:
-      raise ConfigError(f"config.train.{name} must be at least 1, got {getattr(settings, name)}")
+  settings = _component("train", config["train"])
+  _at_least("train", settings, 1, "batch_size", "steps", "log_every", "checkpoint_every", "keep")
   if not 0 <= settings.ema_decay < 1:
     raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
   return settings
@@ -244,39 +190,46 @@ def train_settings(config: Config) -> TrainSettings:
 
 def sample_settings(config: Config) -> SampleSettings:
   """The section `sample`, its numbers in range."""
-  settings = _construct(SampleSettings, config["sample"], "sample")
-  for name in ("num", "batch_size"):
-    if getattr(settings, name) < 1:
-      raise ConfigError(f"config.sample.{name} must be at least 1, got {getattr(settings, name)}")
+  settings = _component("sample", config["sample"])
+  _at_least("sample", settings, 1, "num", "batch_size", "trajectories")
+  _check_seed("sample.seed", settings.seed)
   return settings
+
+
+def _settings_fields(section: Mapping[str, Any]) -> set[str]:
+  return {field.name for field in dataclasses.fields(LikelihoodSettings)} & section.keys()
 
 
 def likelihood_settings(config: Config) -> LikelihoodSettings:
   """What the section `likelihood` says of the data; the rest of it are the options of the log-density."""
-  names = [field.name for field in dataclasses.fields(LikelihoodSettings)]
-  settings = LikelihoodSettings(**{n: v for n, v in config["likelihood"].items() if n in names})
-  if settings.batch_size < 1:
-    raise ConfigError(f"config.likelihood.batch_size must be at least 1, got {settings.batch_size}")
+  section = config["likelihood"]
+  schema.check_section("likelihood", section)
+  settings = LikelihoodSettings(**{name: section[name] for name in _settings_fields(section)})
+  _at_least("likelihood", settings, 1, "batch_size")
+  _check_seed("likelihood.seed", settings.seed)
   if settings.limit < 0:
     raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
+  if config["data"].get("type") != "tfds":
+    _construct(check_choice, {"value": settings.split, "choices": SPLITS}, "likelihood", argument="split")
   return settings
 
 
 def make_log_prob(config: Config) -> Callable[..., Any]:
   """The log-density of the config's process."""
-  names = [field.name for field in dataclasses.fields(LikelihoodSettings)]
-  section = {name: value for name, value in config["likelihood"].items() if name not in names}
-  trace = _component(DIVERGENCES, section.pop("divergence", {"type": "hutchinson"}), "likelihood.divergence")
-  return _construct(likelihood.log_prob, section, "likelihood", sde=make_process(config), divergence=trace)
+  section = config["likelihood"]
+  schema.check_section("likelihood", section)
+  trace = _component("likelihood.divergence", section.get("divergence", {"type": "hutchinson"}))
+  fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
+  return _construct(likelihood.log_prob, fields, "likelihood", sde=make_process(config), divergence=trace)
 
 
 def make_sampler(config: Config, **options: Any) -> Callable[..., Any]:
-  """The sampler, on its time grid if it has one; `options` override the config's."""
-  section, process = dict(config["sampler"]) | options, make_process(config)
-  given: dict[str, Any] = {"sde": process}
-  if section.get("type") in SAMPLERS and "ts" in inspect.signature(SAMPLERS[section["type"]]).parameters:
-    given["ts"] = _construct(schedules.time_grid, section.pop("grid", {}), "sampler.grid", sde=process)
-  return _component(SAMPLERS, section, "sampler", **given)
+  """The sampler, on its time grid if it has one; `options` are arguments that the config does not have."""
+  section = config["sampler"]
+  given: dict[str, Any] = {"sde": make_process(config), **options}
+  if "grid" in schema.subsections("sampler", section):
+    given["ts"] = _component("sampler.grid", section.get("grid", {}), sde=given["sde"])
+  return _component("sampler", section, **given)
 
 
 def make_score(config: Config) -> Callable[[Any], Any]:
@@ -301,7 +254,8 @@ def make_objective(config: Config, source: Source) -> Callable[..., Any]:
     network: Callable[..., Any] = functools.partial(module.apply, params)
     if getattr(module, "dropout", 0.0) > 0:
       network = _with_dropout(network, drop_key)
-    return loss(loss_key, x, network, u=batch["u"] if stratified else None)
+    value, aux = loss(loss_key, x, network, u=batch["u"] if stratified else None)
+    return value, {**aux, "loss_per_dim": value / math.prod(source.shape)}
 
   return objective
 
@@ -317,9 +271,8 @@ def _with_dropout(network: Callable[..., jax.Array], key: jax.Array) -> Callable
 
 def check(config: Config) -> None:
   """Build everything that needs no data, so that a mistake anywhere in the config shows before any work."""
-  check_sections(config)
-  if not isinstance(config["seed"], int) or not 0 <= config["seed"] < 2**32:
-    raise ConfigError(f"config.seed must be an integer from 0 to 2**32 - 1, got {config['seed']!r}")
+  schema.check_sections(config)
+  _check_seed("seed", config["seed"])
   for build in (
     make_loss,
     make_network,

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
@@ -123,6 +124,8 @@ def log_prob(
 
 
 def _check_levels(levels: int, data_range: tuple[float, float]) -> None:
+  if not isinstance(levels, int | np.integer):
+    raise TypeError(f"levels must be an integer, the number of values an integer of the data can take; got {levels!r}")
   if levels < 2:
     raise ValueError(f"levels must be at least 2, the number of values an integer of the data can take; got {levels}")
   if not data_range[0] < data_range[1]:
@@ -144,7 +147,7 @@ def dequantize(
     float32 `[b, *d]`.
 
   Raises:
-    TypeError: for data that are not integers.
+    TypeError: for data or levels that are not integers.
     ValueError: for levels below 2.
   """
   _check_levels(levels, data_range)
@@ -182,7 +185,8 @@ def bits_per_dim(
 
   Raises:
     ValueError: for levels below 2.
-    TypeError: for `likelihood.log_prob` itself; when called, for data that are not integers.
+    TypeError: for levels that are no integer or `likelihood.log_prob` itself; when called, for data that are not
+      integers.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd

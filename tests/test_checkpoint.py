@@ -24,6 +24,7 @@ from jaxdiff.training import (
   FingerprintError,
   abstract_state,
   init_state,
+  load_fingerprint,
   load_params,
 )
 from jaxdiff.training.manifest import manifest
@@ -272,6 +273,14 @@ def test_load_params_falls_back_and_changes_nothing(saved, damage):
     params, step = load_params(saved, abstract_state(make_state().params))
   assert (step, bits(params)) == (1, bits(make_state(step=1).ema_params))
   assert (saved / "2").is_dir()
+
+
+def test_load_fingerprint_reads_what_was_saved(saved, tmp_path):
+  assert load_fingerprint(saved) == {**FINGERPRINT, "shape": [8, 8]}
+  (saved / "2" / "fingerprint" / "metadata").write_text("{")
+  assert load_fingerprint(saved) == {**FINGERPRINT, "shape": [8, 8]}
+  with pytest.raises(ValueError, match="holds no checkpoint"):
+    load_fingerprint(tmp_path / "none")
 
 
 def test_load_params_refuses_other_models_and_empty_directories(saved):

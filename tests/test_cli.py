@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import cli, factory
+from jaxdiff import arguments, cli, factory, rundir
 from jaxdiff.training import load_params
-from jaxdiff.training.metrics import read_metrics
+from jaxdiff.training.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.standard_promotion
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,14 +84,16 @@ def test_train_writes_a_run(trained):
 def test_training_again_adds_nothing(trained, capsys):
   before = [p[0] for p in params_of(trained)]
   run("train", trained)
-  assert "continuing from step 40" in capsys.readouterr().err
+  assert "this run is finished: 40 of 40 steps are done" in capsys.readouterr().err
   for x, y in zip(jax.tree.leaves(before), jax.tree.leaves([p[0] for p in params_of(trained)]), strict=True):
     np.testing.assert_array_equal(x, y)
 
 
 def test_sample_finds_the_run_s_own_config(trained, capsys):
   run("sample", trained)
-  assert str(trained / "samples.png") in capsys.readouterr().out
+  out, err = capsys.readouterr()
+  assert str(trained / "samples.png") in out
+  assert err == "sampling from step 40\n"
   drawn = np.load(trained / "samples.npz", allow_pickle=False)
   assert drawn["x"].shape == (24, 2)
   assert drawn["nfe"].min() > 0
@@ -110,6 +112,8 @@ def test_likelihood_reports_mean_error_and_settings(trained, capsys):
   assert report["nfe"]["min"] <= report["nfe"]["mean"] <= report["nfe"]["max"]
   assert (report["examples"], report["failed"], report["checkpoint_step"]) == (20, 0, 40)
   assert report["settings"]["rtol"] == 0.1
+  assert report["model"]["sde"] == {"type": "VP", "beta_min": 0.1, "beta_max": 20.0}
+  assert set(report["model"]) == {"sde", "prediction", "network"}
   out = capsys.readouterr().out
   assert "toy2d/moons, test: 20 examples, log-density, nats" in out
   assert f"{result['mean']:8.4f}" in out
@@ -186,6 +190,18 @@ def test_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(trained, 
   assert_same(trained, tmp_path / "run")
 
 
+def test_damaged_checkpoints_are_named_without_tracebacks(trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
+  for file in (tmp_path / "run" / "checkpoints").rglob("manifest.ocdbt"):
+    file.write_bytes(file.read_bytes()[:20])
+  command = [sys.executable, "-m", "jaxdiff.cli", "sample", f"--workdir={tmp_path / 'run'}"]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert result.returncode == 1
+  assert result.stderr.startswith("jaxdiff: none of the checkpoints in")
+  assert "Traceback" not in result.stderr
+
+
 def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
   arguments = [*TOY, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=12"]
   error = fails(1, capsys, "train", tmp_path / "run", *arguments)
@@ -199,9 +215,23 @@ def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint
     ([*TOY, "--config.train.batch_size=60"], "config.train.batch_size = 60 cannot be split over 8 devices; take 64"),
     ([*TOY, "--config.train.batch_size=800"], "config.train.batch_size = 800 exceeds the 400 training examples"),
     ([*TOY, "--config.sde.type=VPP"], "config.sde.type is 'VPP'; did you mean 'VP'?"),
-    ([*TOY, "--config.sde.beta_mix=1"], 'Did you mean "beta_min" instead of "beta_mix"?'),
+    ([*TOY, "--config.sde.beta_mix=1"], "config.sde.beta_mix does not exist; did you mean 'beta_min'?"),
+    ([*TOY, "--config.sde.type=VE", "--config.sde.beta_min=1"], "config.sde.beta_min does not exist"),
+    ([*TOY, "--config.sde=VE"], "config.sde is a section: set its fields"),
+    ([*TOY, "--config.sde.beta_min.x=1"], "config.sde.beta_min is a value and has no fields"),
+    ([*TOY, "--config.type=VE"], "config.type does not exist"),
+    ([*TOY, "--config.seed.x=1"], "config.seed is a value and has no fields"),
+    ([*TOY, "--config.seed="], "--config.seed needs a value"),
+    ([*TOY, "--config.modle.x=1"], "config.modle does not exist; "),
+    ([*TOY, "--config.loss.wieght.type=edm"], "did you mean 'weight'? valid: t0, time, weight"),
+    (
+      [*TOY, "--config.train.steps=5"],
+      "must exceed config.optimizer.warmup_steps",
+    ),
+    ([*TOY, "--config.likelihood.split=tset"], "did you mean 'test'"),
+    ([*TOY, "--config.train.random_flip", "--config.seed=1"], "--config.train.random_flip needs a value"),
     ([*TOY, "--config.data.name=moon"], "did you mean 'moons'?"),
-    ([*TOY, "--config.train.steps=many"], "--config.train.steps=many"),
+    ([*TOY, "--config.train.steps=many"], "config.train.steps must be an integer, got 'many'"),
     ([*TOY, "steps=3"], "unexpected argument 'steps=3'"),
     (["--config=nowhere.py"], "--config=nowhere.py is not a file"),
     ([], "config.json does not exist: train first, or give --config=FILE"),
@@ -218,13 +248,68 @@ def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
   )
   assert "did you mean 'test'" in fails(2, capsys, "likelihood", trained, "--config.likelihood.split=tests")
   assert "holds no checkpoint: train first" in fails(2, capsys, "sample", tmp_path / "none", *TOY)
-  assert "holds another model" in fails(2, capsys, "sample", trained, "--config.network.width=17")
   with pytest.raises(SystemExit):
     cli.main(["trian", "--workdir=x"])
   assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     cli.main(["train"])
   assert "--workdir=DIR is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "likelihood"])
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("sde.beta_max=10", "config.sde.beta_max was 20.0, is 10"),
+    ("sde.type=SubVP", "config.sde.type was 'VP', is 'SubVP'"),
+    ("prediction.type=noise", "config.prediction.type was 'edm', is 'noise'"),
+    ("network.width=17", "config.network.width was 16, is 17"),
+    ("data.name=circles", "config.data.name was 'moons', is 'circles'"),
+  ],
+)
+def test_another_model_or_other_data_are_refused(trained, command, argument, message, capsys):
+  error = fails(2, capsys, command, trained, f"--config.{argument}")
+  assert "was trained otherwise: " in error
+  assert message in error
+  assert "Leave these settings as they were" in error
+
+
+def test_settings_of_the_training_have_no_effect_on_samples_and_that_is_said(trained, capsys):
+  run("sample", trained, "--config.seed=7", "--config.sample.num=8", "--config.sample.batch_size=8")
+  assert "the run is trained, so without effect: config.seed was 0, is 7" in capsys.readouterr().err
+  assert np.load(trained / "samples.npz")["x"].shape == (8, 2)
+
+
+def npz_config(folder, x, levels=None):
+  """A config file for the arrays, beside them, and the flags that go with it."""
+  np.savez(folder / "x.npz", x=x)
+  (folder / "config.py").write_text(
+    f"import runpy\nfrom ml_collections import ConfigDict\n\n"
+    f"def get_config():\n  config = runpy.run_path({str(ROOT / 'configs' / 'toy2d.py')!r})['get_config']()\n"
+    f"  config.data = ConfigDict({{'type': 'npz', 'path': 'x.npz', 'levels': {levels}}})\n"
+    "  return config\n"
+  )
+  return ["--config=config.py", *(a for a in SMALL if "data.size" not in a)]
+
+
+def test_data_are_found_from_elsewhere_and_must_be_those_of_the_training(tmp_path, monkeypatch, capsys):
+  x = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
+  monkeypatch.chdir(tmp_path)
+  run("train", "run", *npz_config(tmp_path, x), "--config.train.steps=6")
+  (tmp_path / "elsewhere").mkdir()
+  monkeypatch.chdir(tmp_path / "elsewhere")
+  run("likelihood", "../run")
+  report = json.loads((tmp_path / "run" / "likelihood.json").read_text())
+  assert report["data"]["name"] == "npz/x.npz"
+  (tmp_path / "x.npz").rename(tmp_path / "elsewhere" / "x.npz")
+  assert "x.npz is not a file" in fails(2, capsys, "likelihood", "../run")
+  run("likelihood", "../run", "--config.data.path=x.npz")
+  np.savez(tmp_path / "elsewhere" / "x.npz", x=x + 1)
+  for command in ("sample", "likelihood"):
+    error = fails(2, capsys, command, "../run", "--config.data.path=x.npz")
+    assert "was trained otherwise: data.content was" in error
+  assert "data.content was" in fails(2, capsys, "train", "../run", "--config.data.path=x.npz")
+  assert factory.read(tmp_path / "run" / "config.json")["data"]["path"] == str(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize(
@@ -235,20 +320,104 @@ def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
     (np.ones((40, 2, 2, 1), np.float32), 4, "integer"),
   ],
 )
-def test_bad_data_are_named_before_any_training(x, levels, message, tmp_path, capsys):
-  np.savez(tmp_path / "x.npz", x=x)
-  (tmp_path / "config.py").write_text(
-    f"import runpy\nfrom ml_collections import ConfigDict\n\n"
-    f"def get_config():\n  config = runpy.run_path({str(ROOT / 'configs' / 'toy2d.py')!r})['get_config']()\n"
-    f"  config.data = ConfigDict({{'type': 'npz', 'path': {str(tmp_path / 'x.npz')!r}, 'levels': {levels}}})\n"
-    "  return config\n"
-  )
-  arguments = [f"--config={tmp_path / 'config.py'}", *(a for a in SMALL if "data.size" not in a)]
+def test_bad_data_are_named_before_any_training(x, levels, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  arguments = npz_config(tmp_path, x, levels)
   assert message in fails(2, capsys, "train", tmp_path / "run", *arguments)
 
 
-def test_help_lists_the_commands(capsys):
-  cli.main(["--help"])
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:\n", "config.py cannot be run: SyntaxError"),
+    ("import missing_module\n", "ModuleNotFoundError: No module named 'missing_module' (line 1)"),
+    ("def get_config():\n  return 1 / 0\n", "ZeroDivisionError: division by zero (line 2)"),
+    ("config = {}\n", "config.py has no function get_config()"),
+    (
+      "from ml_collections import ConfigDict, config_dict\n"
+      "def get_config():\n  return ConfigDict({'seed': config_dict.required_placeholder(int)})\n",
+      "cannot be run: RequiredValueError",
+    ),
+    ("def get_config():\n  pass\n", "get_config() must return a ConfigDict, got None"),
+    ("def get_config():\n  return {'sde': print}\n", "config.sde holds <built-in function print>"),
+    ("def get_config():\n  return {'sde': {}}\n", "config needs seed, data"),
+  ],
+)
+def test_mistakes_in_a_config_file_take_one_line(text, message, tmp_path, capsys):
+  (tmp_path / "config.py").write_text(text)
+  error = fails(2, capsys, "train", tmp_path / "run", f"--config={tmp_path / 'config.py'}")
+  assert message in error
+  assert len(error.splitlines()) == 1
+
+
+def test_fields_of_the_schema_and_other_types_by_flag(capsys):
+  flags = ["optimizer.weight_decay=0.1", "optimizer.clip_norm=none", "sampler.type=reverse_sde", "sampler.grid.steps=9"]
+  flags += ["sde.type=VE", "sde.sigma_max=20", "network.dtype=bfloat16", "loss.weight.type=min_snr"]
+  config, _ = arguments.parse([TOY[0], "--workdir", "x", *(f"--config.{flag}" for flag in flags)])
+  factory.check(config)
+  assert config["optimizer"]["weight_decay"] == 0.1
+  assert config["optimizer"]["clip_norm"] is None
+  assert config["sampler"] == {"type": "reverse_sde", "grid": {"steps": 9}}
+  assert config["sde"] == {"type": "VE", "sigma_max": 20}
+  assert config["network"]["dtype"] == "bfloat16"
+  notes = capsys.readouterr().err
+  assert "config.sde.type=VE drops beta_max, beta_min of VP" in notes
+  assert "config.sampler.type=reverse_sde drops atol, rtol of probability_flow" in notes
+
+
+def test_workdirs_that_hold_no_run(trained, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  assert f"--workdir={tmp_path / 'file'} is a file" in fails(2, capsys, "train", tmp_path / "file", *TOY)
+  shutil.copytree(trained, tmp_path / "run")
+  (tmp_path / "run" / "config.json").write_text('{"seed": ')
+  assert "config.json cannot be read as the config of a run" in fails(2, capsys, "sample", tmp_path / "run")
+
+
+def test_one_trainer_at_a_time(trained, capsys):
+  with rundir.claimed(trained, factory.read(trained / "config.json")):
+    assert f"is being trained in by process {os.getpid()}" in fails(2, capsys, "train", trained)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(
+  trained, tmp_path, capsys, monkeypatch, number, code
+):
+  write = MetricsWriter.write
+
+  def write_and_signal(self, step, values):
+    write(self, step, values)
+    if step == 20:
+      os.kill(os.getpid(), number)
+
+  usual = signal.getsignal(number)
+  arguments = [*TOY, "--config.train.checkpoint_every=40"]
+  with monkeypatch.context() as patch:
+    patch.setattr(MetricsWriter, "write", write_and_signal)
+    error = fails(code, capsys, "train", tmp_path / "run", *arguments)
+  assert "stopped at step 21, which is saved; the same command continues" in error
+  assert signal.getsignal(number) is usual
+  run("train", tmp_path / "run", *arguments)
+  assert "continuing from step 21" in capsys.readouterr().err
+  assert_same(trained, tmp_path / "run")
+
+
+def test_help_waits_for_no_network_or_checkpoint_library():
+  code = "import sys; from jaxdiff import cli; cli.main(['train', '--help']); print('flax' in sys.modules)"
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+  assert out.startswith("usage: jaxdiff")
+  assert out.endswith("False\n")
+
+
+def test_missing_packages_of_the_command_line_are_named():
+  code = "import sys; sys.modules['optax'] = None; from jaxdiff import cli; cli.main(['train', '--workdir=x'])"
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert result.returncode == 2
+  assert result.stderr == "jaxdiff: the module 'optax' is missing; the command line needs pip install '.[train]'\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["sample", "-h"], []])
+def test_help_lists_the_commands(argv, capsys):
+  cli.main(argv)
   out = capsys.readouterr().out
   for command in cli.COMMANDS:
     assert command in out

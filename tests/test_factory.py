@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import factory
+from jaxdiff import factory, schema
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
@@ -62,8 +62,8 @@ def test_identity_ignores_what_does_not_change_the_training(toy):
   assert factory.identity(changed(toy, "train.steps", 7)) != factory.identity(toy)
 
 
-@pytest.mark.parametrize("kind", factory.PROCESSES)
-@pytest.mark.parametrize("prediction", factory.PREDICTIONS)
+@pytest.mark.parametrize("kind", schema.PROCESSES)
+@pytest.mark.parametrize("prediction", schema.PREDICTIONS)
 def test_every_process_and_prediction_by_name(toy, kind, prediction):
   config = changed(changed(toy, "sde", {"type": kind}), "prediction", {"type": prediction})
   factory.check(config)
@@ -79,7 +79,29 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
     ("sde.beta_mim", 0.1, r"config.sde.beta_mim does not exist; did you mean 'beta_min'\?"),
     ("sde.beta_max", -9.0, r"config.sde: VP needs .* 0 <= beta_min <= beta_max"),
     ("sampel", {}, r"config.sampel does not exist; did you mean 'sample'\?"),
-    ("seed", -1, "config.seed must be an integer"),
+    ("seed", -1, "config.seed must be an integer from 0"),
+    ("seed", 0.5, "config.seed must be an integer, got 0.5"),
+    ("sde.beta_min", -1.0, "config.sde: the log-SNR must be finite and fall"),
+    ("sde.beta_min", -0.001, "config.sde: the diffusion"),
+    ("sde", {"type": "VE", "sigma_min": 50.0, "sigma_max": 0.01}, "config.sde: "),
+    ("sde", {"type": "VE", "sigma_min": 1.0, "sigma_max": 1.0}, "config.sde: "),
+    ("sde", {"type": "EDM", "sigma_max": -1.0}, "config.sde: "),
+    ("sde", None, "config.sde must be a section, a ConfigDict or dict of fields; got None"),
+    ("sde.beta_max", "twenty", "config.sde.beta_max must be a number, got 'twenty'"),
+    ("train.steps", 2.5, "config.train.steps must be an integer, got 2.5"),
+    ("train.steps", None, "config.train.steps must be an integer, got None"),
+    ("train.random_flip", 1, "config.train.random_flip must be True or False, got 1"),
+    ("train.steps", 100, "config.train.steps = 100 must exceed config.optimizer.warmup_steps = 100"),
+    ("optimizer.algorithm", "sgd", "config.optimizer.algorithm must be 'adam' or 'muon', got 'sgd'"),
+    (
+      "loss.wieght",
+      {"type": "edm"},
+      r"config.loss.wieght does not exist; did you mean 'weight'\? valid: t0, time, weight",
+    ),
+    ("likelihood.split", "tset", r"config.likelihood: split: got 'tset'.*did you mean 'test'"),
+    ("likelihood.seed", -1, "config.likelihood.seed must be an integer from 0"),
+    ("sample.trajectories", 0, "config.sample.trajectories must be at least 1"),
+    ("data.path", "x", "config.data.path does not exist; .*valid: name, noise, seed, size"),
     ("prediction.sigma_data", 0.0, "config.prediction: sigma_data must be positive"),
     ("loss.weight.type", "likelyhood", r"config.loss.weight.type is 'likelyhood'; did you mean 'likelihood'\?"),
     (
@@ -105,6 +127,28 @@ def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
     factory.check(changed(toy, path, value))
 
 
+@pytest.mark.parametrize("kind", schema.PROCESSES)
+def test_shipped_processes_reach_their_prior(toy, kind, recwarn):
+  factory.make_process(changed(toy, "sde", {"type": kind}))
+  assert not recwarn
+
+
+def test_a_prior_that_does_not_match_is_warned_of(toy):
+  with pytest.warns(UserWarning, match=r"config.sde: alpha / sigma is 0\.\d+ at t1"):
+    factory.make_process(changed(toy, "sde.beta_max", 2.0))
+
+
+def test_normalize_names_what_no_config_can_hold():
+  assert factory.normalize({"a": [1, (2,)], "b": np.float32(0.5)}) == {"a": (1, (2,)), "b": 0.5}
+  with pytest.raises(ConfigError, match=r"config.a.b holds <function .*; give a number"):
+    factory.normalize({"a": {"b": changed}})
+
+
+def test_identity_knows_data_by_content_not_by_place(toy):
+  here, there = ({"type": "npz", "path": path, "levels": 4} for path in ("/here/x.npz", "/there/x.npz"))
+  assert factory.identity(changed(toy, "data", here)) == factory.identity(changed(toy, "data", there))
+
+
 def test_missing_sections_are_named(toy):
   config = copy.deepcopy(toy)
   del config["sampler"], config["loss"]
@@ -117,6 +161,18 @@ def test_network_that_does_not_fit_the_data_is_refused(toy, untyped):
   source = sources.digits("train")
   with pytest.raises(ConfigError, match=r"config.network does not fit data of shape \(8, 8, 1\).*height of x"):
     factory.init_params(config, source)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("dtype", "float99", "config.network does not fit .*float99"),
+    ("width", 0, r"config.network has no parameters in \['params'\].*must be positive"),
+  ],
+)
+def test_networks_that_cannot_be_are_refused(toy, field, value, message, untyped):
+  with pytest.raises(ConfigError, match=message):
+    factory.init_params(changed(toy, f"network.{field}", value), from_arrays(np.zeros((4, 2), np.float32)))
 
 
 def test_data_mistakes_are_named(toy, tmp_path):
@@ -134,6 +190,14 @@ def objective_values(config, source, batch):
   keys = jd.example_keys(jax.random.key(0), 0, len(batch))
   u = jnp.linspace(0.0, 1.0, len(batch), endpoint=False)
   return jax.jit(lambda p: objective(p, keys, {"x": jnp.asarray(batch), "u": u})[0])(params)
+
+
+def test_objective_reports_the_loss_per_dimension(toy):
+  source = from_arrays(np.ones((4, 2), np.float32))
+  objective, params = factory.make_objective(toy, source), factory.init_params(toy, source)
+  batch = {"x": jnp.ones((4, 2)), "u": jnp.linspace(0.1, 0.9, 4)}
+  loss, aux = objective(params, jd.example_keys(jax.random.key(0), 0, 4), batch)
+  np.testing.assert_allclose(aux["loss_per_dim"], loss / 2)
 
 
 def test_objective_dequantizes_flips_and_drops(toy):

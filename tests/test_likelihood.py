@@ -255,6 +255,8 @@ def test_wrong_use_is_refused(untyped):
     likelihood.bits_per_dim(fn, 256)(jax.random.key(0), jnp.ones((2, 3)), score)
   with pytest.raises(TypeError, match="x0 must be floating point, got uint8.*bits_per_dim"):
     fn(jax.random.key(0), jnp.ones((2, 3), jnp.uint8), score)
+  with pytest.raises(TypeError, match=r"levels must be an integer.*got 256\.0"):
+    likelihood.bits_per_dim(likelihood.log_prob(jd.VP()), levels=256.0)
   with pytest.raises(ValueError, match="levels must be at least 2.*got 1"):
     likelihood.bits_per_dim(fn, 1)
   with pytest.raises(ValueError, match="data_range must be"):

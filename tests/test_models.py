@@ -152,6 +152,8 @@ def test_digits_network_has_the_stated_size():
     (UNet(channels=8, heads=3), (2, 8, 8, 1), (2,), "channels at level 1=16 is not divisible by heads=3"),
     (UNet(channels=8), (2, 7, 8, 1), (2,), "height of x=7 is not divisible by"),
     (UNet(channels=8, channel_multipliers=(1, 1, 1)), (2, 8, 6, 1), (2,), "width of x=6 is not divisible by"),
+    (UNet(channels=8, attention_levels=(2,)), (2, 8, 8, 1), (2,), "there is no level 2, take 0..1"),
+    (UNet(channels=8, attention_levels=(-1,)), (2, 8, 8, 1), (2,), "there is no level -1, take 0..1"),
     (UNet(channels=8), (8, 8, 1), (8,), "x has shape"),
     (UNet(channels=8), (2, 8, 8, 1), (), "t has shape"),
     (UNet(channels=8), (2, 8, 8, 1), (3,), "t has shape"),
@@ -163,6 +165,13 @@ def test_digits_network_has_the_stated_size():
 def test_wrong_arguments_are_named(net, x_shape, t_shape, message):
   with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("^", r"\^")):
     jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(x_shape), jnp.zeros(t_shape))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("net", "x_shape"), [(UNet(channels=8), (2, 8, 8, 1)), (MLP(width=8), (2, 3))])
+def test_integers_are_refused(net, x_shape):
+  with pytest.raises(TypeError, match="x has dtype int32: pass floats"):
+    jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(x_shape, jnp.int32), jnp.zeros(2))
 
 
 @pytest.mark.parametrize("features", [3, 2, 7])

@@ -279,6 +279,16 @@ def test_loop_compiles_once_and_stops_where_it_should():
   assert again is state
 
 
+def test_loop_stops_when_told_and_saves_that_step(tmp_path):
+  state, step_fn, where = setup()
+  answers = iter([False, False, True])
+  with Checkpoints(tmp_path / "ckpt", {}) as checkpoints:
+    where |= {"checkpoints": checkpoints, "workdir": tmp_path, "should_stop": lambda: next(answers)}
+    state = train(state, step_fn, Positioned(), **where, total_steps=9)
+    assert checkpoints.latest_step() == int(state.step) == 3
+  assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [3]
+
+
 def test_loop_fetches_metrics_only_when_it_logs(monkeypatch):
   state, step_fn, where = setup()
   fetched, get = [], jax.device_get
@@ -354,6 +364,13 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
   assert first.startswith("step 10/100, loss 0.1, ")
   assert "steps/s" in first
   assert last.startswith("step 100/100, loss 0.01, ")
+
+
+def test_progress_shows_the_loss_per_dimension_where_there_is_one():
+  out = io.StringIO()
+  with Progress(total=1, start=0, out=out) as progress:
+    progress.report(1, {"loss": 8.0, "loss_per_dim": 0.125})
+  assert out.getvalue().startswith("step 1/1, loss/dim 0.125, ")
 
 
 def test_progress_is_a_bar_on_a_terminal():

@@ -1,4 +1,5 @@
-"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices, with a progress bar.
+"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices, with a progress bar
+on a terminal.
 
 Sample k and the likelihood of example k depend on their own key only: batch size and number of devices do not matter.
 """
@@ -60,7 +61,7 @@ def draw(
   run = jax.jit(parallel.shard_examples(one_batch, mesh))
   params = parallel.replicate(mesh, params)
   parts = []
-  with tqdm(total=num, unit="sample", desc="sampling") as bar:
+  with tqdm(total=num, unit="sample", desc="sampling", disable=None) as bar:
     for start in range(0, num, batch_size):
       parts.append(jax.device_get(run(params, keys.example_keys(_sampling_key(seed), start, batch_size))))
       bar.update(min(batch_size, num - start))
@@ -117,7 +118,7 @@ def log_likelihoods(
   run = jax.jit(parallel.shard_examples(one_batch, mesh))
   params = parallel.replicate(mesh, params)
   parts, start = [], 0
-  with tqdm(total=count, unit="example", desc="likelihood") as bar:
+  with tqdm(total=count, unit="example", desc="likelihood", disable=None) as bar:
     for batch, valid in eval_batches(source, batch_size):
       if start >= count:
         break

@@ -23,7 +23,9 @@ def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> N
 
 
 def check_input(x: Array, t: Array, rank: int, layout: str) -> None:
-  """Raises a ValueError unless `x` has `rank` axes and `t` one entry per example."""
+  """Raises a TypeError if `x` is not of floats, a ValueError for a wrong shape of `x` or `t`."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"x has dtype {x.dtype}: pass floats; integers of images are dequantized or scaled first")
   if x.ndim != rank:
     raise ValueError(f"x has shape {x.shape}: pass {layout}, with a leading batch axis")
   if t.shape != x.shape[:1]:

@@ -45,6 +45,7 @@ class MLP(nn.Module):
 
     Raises:
       ValueError: if x is not [b, d] or t not [b].
+      TypeError: if x is not of floats.
     """
     check_input(x, t, rank=2, layout="vectors [b, d]")
     embedding = nn.silu(TimeEmbedding(self.width, self.max_frequency, dtype=self.dtype)(t))

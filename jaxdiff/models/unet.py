@@ -61,7 +61,9 @@ class UNet(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], t: Float[Array, " b"], train: bool = False) -> Float[Array, "b h w c"]:
+  def __call__(
+    self, x: Float[Array, "b h w c"], t: Float[Array, " b"], *, train: bool = False
+  ) -> Float[Array, "b h w c"]:
     """Applies the network.
 
     Args:
@@ -73,8 +75,9 @@ class UNet(nn.Module):
       An array like `x`, in its dtype.
 
     Raises:
-      ValueError: if x is not [b, h, w, c], t not [b], h or w not divisible by 2^(levels - 1), or the channels of a
-        level not divisible by `groups` or, with attention, `heads`.
+      ValueError: if x is not [b, h, w, c], t not [b], h or w not divisible by 2^(levels - 1), the channels of a level
+        not divisible by `groups` or, with attention, `heads`, or `attention_levels` names a level that does not exist.
+      TypeError: if x is not of floats.
     """
     self._check(x, t)
     embedding = TimeEmbedding(4 * self.channels, self.max_frequency, dtype=self.dtype)(t)
@@ -101,12 +104,15 @@ class UNet(nn.Module):
 
   def _check(self, x: Array, t: Array) -> None:
     check_input(x, t, rank=4, layout="images [b, h, w, c]")
-    factor = 2 ** (len(self.channel_multipliers) - 1)
+    levels = len(self.channel_multipliers)
+    if wrong := [level for level in self.attention_levels if not 0 <= level < levels]:
+      raise ValueError(f"attention_levels={self.attention_levels}: there is no level {wrong[0]}, take 0..{levels - 1}")
+    factor = 2 ** (levels - 1)
     check_divisible("height of x", x.shape[1], "2^(levels - 1)", factor)
     check_divisible("width of x", x.shape[2], "2^(levels - 1)", factor)
     for level, multiplier in enumerate(self.channel_multipliers):
       check_divisible(f"channels at level {level}", self.channels * multiplier, "groups", self.groups)
-      if level in self.attention_levels or level == len(self.channel_multipliers) - 1:
+      if level in self.attention_levels or level == levels - 1:
         check_divisible(f"channels at level {level}", self.channels * multiplier, "heads", self.heads)
 
   def _residual(self, h: Array, embedding: Array, level: int, train: bool) -> Array:

@@ -1,6 +1,6 @@
 """Training: state, step, optimizer, checkpoints and the loop; one user of the library among others."""
 
-from jaxdiff.training.checkpoint import CheckpointError, Checkpoints, FingerprintError, load_params
+from jaxdiff.training.checkpoint import CheckpointError, Checkpoints, FingerprintError, load_fingerprint, load_params
 from jaxdiff.training.loop import NonFiniteError, train
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.state import TrainState, abstract_state, init_state
@@ -14,6 +14,7 @@ __all__ = [
   "TrainState",
   "abstract_state",
   "init_state",
+  "load_fingerprint",
   "load_params",
   "make_optimizer",
   "make_train_step",

@@ -9,6 +9,7 @@ unpickled.
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,19 +163,44 @@ def load_params(directory: str | Path, abstract_params: PyTree, *, ema: bool = T
     params, step = load_params(workdir / "checkpoints", jax.eval_shape(init, jax.random.key(0)))
     ```
   """
-  directory = Path(directory).absolute()
   group = "ema_params" if ema else "params"
-  unreadable = {}
+  return _newest(directory, lambda manager, step: _read_params(manager, step, group, abstract_params))
+
+
+def load_fingerprint(directory: str | Path) -> dict[str, Any]:
+  """Reads the fingerprint that was given to `Checkpoints`, from the newest readable checkpoint.
+
+  Args:
+    directory: the directory given to `Checkpoints`.
+
+  Returns:
+    The fingerprint, its tuples as lists.
+
+  Raises:
+    ValueError: there is no checkpoint.
+    CheckpointError: there are checkpoints but none can be read.
+  """
+
+  def read(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return _read(manager, step, fingerprint=ocp.args.JsonRestore())["fingerprint"]
+
+  return _newest(directory, read, warn=False)[0]
+
+
+def _newest(directory: str | Path, read: Callable[..., Any], warn: bool = True) -> tuple[Any, int]:
+  """What `read(manager, step)` returns of the newest checkpoint that it can read, and its step."""
+  directory, unreadable = Path(directory).absolute(), {}
   if directory.is_dir():
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False)) as manager:
       for step in reversed(manager.all_steps()):
         try:
-          params = _read_params(manager, step, group, abstract_params)
+          result = read(manager, step)
         except _UnreadableError as error:
           unreadable[step] = str(error)
           continue
-        _warn(directory, unreadable, step)
-        return params, step
+        if warn:
+          _warn(directory, unreadable, step)
+        return result, step
   _raise_if_any(directory, unreadable)
   raise ValueError(
     f"directory={str(directory)!r} holds no checkpoint: train first, or give the directory of a trained run"
@@ -241,7 +267,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _warn(directory: Path, unreadable: dict[int, str], used: int) -> None:
   for step, reason in unreadable.items():
-    warnings.warn(f"checkpoint {step} in {directory} cannot be read ({reason}); using checkpoint {used}", stacklevel=3)
+    warnings.warn(f"checkpoint {step} in {directory} cannot be read ({reason}); using checkpoint {used}", stacklevel=4)
 
 
 def _raise_if_any(directory: Path, unreadable: dict[int, str]) -> None:

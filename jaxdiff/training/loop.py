@@ -39,6 +39,7 @@ def train(
   workdir: str | Path | None = None,
   checkpoints: Checkpoints | None = None,
   checkpoint_every: int = 1000,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
   """Runs `step_fn` from `state.step` to `total_steps`.
 
@@ -58,9 +59,10 @@ def train(
     checkpoints: where to save every `checkpoint_every` steps and at the end; None for never. All are complete on
       return.
     checkpoint_every: steps between two checkpoints.
+    should_stop: asked after every step; the step at which it says yes is the last, recorded and saved as such.
 
   Returns:
-    The state at `total_steps`.
+    The state at `total_steps`, or where it was to stop.
 
   Raises:
     ValueError: an argument is out of range, the batch cannot be split over the devices, or the iterator ends too early.
@@ -86,8 +88,9 @@ def train(
       pending.append(metrics)
       progress.advance()
 
-      saving = checkpoints is not None and (step % checkpoint_every == 0 or step == total_steps)
-      if saving or step % log_every == 0 or step == total_steps:
+      last = step == total_steps or should_stop()
+      saving = checkpoints is not None and (step % checkpoint_every == 0 or last)
+      if saving or step % log_every == 0 or last:
         record = _mean_metrics(jax.device_get(pending), step, checkpoints)
         record["steps_per_second"] = len(pending) / (time.perf_counter() - since)
         writer.write(step, record)
@@ -97,6 +100,8 @@ def train(
         if not all_finite(state):
           raise NonFiniteError(f"the parameters are not finite at step {step}; {_advice(checkpoints)}")
         checkpoints.save(state, iterator)
+      if last:
+        break
   if checkpoints is not None:
     checkpoints.wait()
   return state

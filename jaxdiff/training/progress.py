@@ -35,9 +35,10 @@ class Progress:
       self._bar.update()
 
   def report(self, step: int, values: dict[str, float]) -> None:
-    """Shows the newest values; `values["loss"]` must be there."""
+    """Shows the newest loss: `values["loss_per_dim"]` where it is there, else `values["loss"]`."""
+    loss = f"loss/dim {values['loss_per_dim']:.4g}" if "loss_per_dim" in values else f"loss {values['loss']:.4g}"
     if self._bar is not None:
-      self._bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
+      self._bar.set_postfix_str(loss, refresh=False)
       return
     now = time.monotonic()
     if step < self._total and now - self._printed < self._every:
@@ -46,7 +47,7 @@ class Progress:
     speed = (step - self._start) / max(now - self._begin, 1e-9)
     left = tqdm.format_interval((self._total - step) / max(speed, 1e-9))
     print(
-      f"step {step}/{self._total}, loss {values['loss']:.4g}, {speed:.3g} steps/s, {left} left",
+      f"step {step}/{self._total}, {loss}, {speed:.3g} steps/s, {left} left",
       file=self._out,
       flush=True,
     )

@@ -1,0 +1,155 @@
+"""From a command line to a config: a Python file or the run's own config, with fields set by --config.field=value."""
+
+import ast
+import copy
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdiff import factory, schema
+from jaxdiff.schema import Config, ConfigError
+
+
+def parse(argv: list[str]) -> tuple[Config, Path]:
+  """The resolved config and the workdir.
+
+  Args:
+    argv: what follows the command: --workdir=DIR, --config=FILE, --config.field=value; a space may replace the "=".
+
+  Raises:
+    ConfigError: for anything that cannot be read, does not exist or has another type.
+  """
+  options = _options(argv)
+  if "--workdir" not in options:
+    raise ConfigError("--workdir=DIR is needed: the directory of the run")
+  workdir = Path(options.pop("--workdir")).expanduser()
+  if workdir.exists() and not workdir.is_dir():
+    raise ConfigError(f"--workdir={workdir} is a file; give the directory of the run")
+  file, own = options.pop("--config", None), workdir / "config.json"
+  if file is None and not own.exists():
+    raise ConfigError(f"{own} does not exist: train first, or give --config=FILE")
+  config = factory.read(own) if file is None else load(Path(file).expanduser())
+  return override(config, {name.removeprefix("--config."): text for name, text in options.items()}), workdir
+
+
+def _options(argv: list[str]) -> dict[str, str]:
+  options, rest = {}, list(argv)
+  while rest:
+    name, equals, value = rest.pop(0).partition("=")
+    if name not in ("--workdir", "--config") and not name.startswith("--config."):
+      raise ConfigError(f"unexpected argument {name + equals + value!r}: settings are given as --config.field=value")
+    if not equals and rest and not rest[0].startswith("--"):
+      value = rest.pop(0)
+    if not value:
+      raise ConfigError(f"{name} needs a value: {name}=VALUE")
+    options[name] = value
+  return options
+
+
+def load(file: Path) -> Config:
+  """What get_config() of a Python file returns, as a plain dict."""
+  if not file.is_file():
+    raise ConfigError(f"--config={file} is not a file")
+  try:
+    get_config = runpy.run_path(str(file)).get("get_config")
+    config = get_config() if callable(get_config) else None
+    plain = factory.normalize(config) if isinstance(config, ConfigDict | Mapping) else None
+  except ConfigError:
+    raise
+  except Exception as error:
+    text = " ".join(str(error).split())
+    raise ConfigError(f"--config={file} cannot be run: {type(error).__name__}: {text}{_line(error, file)}") from error
+  if not callable(get_config):
+    raise ConfigError(f"--config={file} has no function get_config(); see configs/digits.py")
+  if plain is None:
+    raise ConfigError(f"--config={file}: get_config() must return a ConfigDict, got {config!r}")
+  return plain
+
+
+def _line(error: Exception, file: Path) -> str:
+  """Where in the file an error arose."""
+  line, trace = None, error.__traceback__
+  while trace is not None:
+    line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(file) else line
+    trace = trace.tb_next
+  return "" if line is None else f" (line {line})"
+
+
+def override(config: Config, texts: Mapping[str, str]) -> Config:
+  """A config with fields set, the types of components first; paths of data are made absolute.
+
+  A field that belongs to the former type of a component alone is dropped, with a line on standard error.
+
+  Args:
+    config: left as it is.
+    texts: values by the path of their field, such as {"sde.type": "VE"}.
+
+  Raises:
+    ConfigError: a field that the schema does not know, or a value of another type.
+  """
+  config = copy.deepcopy(config)
+  for path in sorted(texts, key=lambda path: (not path.endswith(".type"), path.count("."))):
+    _set(config, path, texts[path])
+  schema.check_sections(config)
+  for name in schema.paths("data", config["data"]):
+    if (value := config["data"].get(name)) is not None:
+      config["data"][name] = str(Path(value).expanduser().absolute())
+  return config
+
+
+def _set(config: Config, path: str, text: str) -> None:
+  *parents, name = path.split(".")
+  section, where = config, ""
+  for parent in parents:
+    section, where = _enter(section, where, parent), f"{where}.{parent}".lstrip(".")
+  if path in schema.SECTIONS:
+    raise ConfigError(f"config.{path} is a section: set its fields, --config.{path}.field=value")
+  if path == "seed":
+    section[name] = _value(path, text, int)
+  elif where and name == "type" and isinstance(schema.SECTIONS[where].makes, Mapping):
+    _set_type(section, where, text)
+  else:
+    _check_name(where, section, name)
+    section[name] = _value(path, text, schema.parameters(where, section)[name].annotation)
+
+
+def _enter(section: Config, where: str, name: str) -> Config:
+  """The section of this name within a section, made where there is none."""
+  _check_name(where, section, name)
+  if f"{where}.{name}".lstrip(".") not in schema.SECTIONS:
+    raise ConfigError(f"config.{where}.{name} is a value and has no fields".replace("..", "."))
+  return section.setdefault(name, {})
+
+
+def _check_name(where: str, section: Config, name: str) -> None:
+  if where:
+    schema.check_name(where, section, name)
+  elif name not in schema.TOP:
+    raise ConfigError(f"config.{name} does not exist; {schema.nearest(name, schema.TOP)}")
+
+
+def _set_type(section: Config, where: str, kind: str) -> None:
+  former = section.get("type")
+  section["type"] = kind
+  known = {"type", *schema.parameters(where, section), *schema.subsections(where, section)}
+  if dropped := [name for name in section if name not in known and kind != former]:
+    print(f"jaxdiff: config.{where}.type={kind} drops {', '.join(dropped)} of {former}", file=sys.stderr)
+  for name in dropped:
+    del section[name]
+
+
+def _value(path: str, text: str, annotation: Any) -> Any:
+  """The value that a text stands for: a Python literal where the field takes it, else the text itself."""
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError):
+    value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+  value = tuple(value) if isinstance(value, list) else value
+  if not schema.fits(value, annotation) and schema.fits(text, annotation):
+    value = text
+  schema.check_type(path, value, annotation)
+  return value

@@ -1,0 +1,213 @@
+"""The commands: train, sample, likelihood, each from a checked config and the directory of the run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdiff import factory, parallel, rundir, status, training
+from jaxdiff.data import pipeline
+from jaxdiff.evaluation import baselines, pictures, runs
+from jaxdiff.schema import Config, ConfigError
+from jaxdiff.training.metrics import read_metrics
+
+
+def _say(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+
+
+def _check_batch(name: str, size: int, devices: int) -> None:
+  if size % devices:
+    nearest = max(devices, devices * round(size / devices))
+    raise ConfigError(f"config.{name} = {size} cannot be split over {devices} devices; take {nearest}")
+
+
+def train(config: Config, workdir: Path) -> None:
+  """Train from the newest checkpoint in the workdir, or from the start."""
+  settings, mesh = factory.train_settings(config), parallel.make_mesh()
+  _check_batch("train.batch_size", settings.batch_size, mesh.size)
+  source = factory.make_source(config, "train")
+  if settings.batch_size > len(source):
+    raise ConfigError(f"config.train.batch_size = {settings.batch_size} exceeds the {len(source)} training examples")
+  objective, optimizer = factory.make_objective(config, source), factory.make_optimizer_of(config)
+  params = factory.init_params(config, source)
+
+  iterator = pipeline.train_batches(source, settings.batch_size, config["seed"])
+  key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
+  state = parallel.replicate(mesh, training.init_state(params, optimizer, key))
+  step = training.make_train_step(objective, optimizer, settings.ema_decay, settings.batch_size)
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  _say(f"{source.name}: {len(source)} examples {source.shape}; {count:,} parameters; {mesh.size} {jax.devices()[0]}")
+  fingerprint = rundir.fingerprint(config, source)
+  with (
+    rundir.claimed(workdir, config),
+    training.Checkpoints(workdir / "checkpoints", fingerprint, keep=settings.keep) as checkpoints,
+  ):
+    state = checkpoints.restore_latest(training.abstract_state(state), iterator) or state
+    factory.write(config, workdir / "config.json")
+    _say(_standing(int(state.step), settings.steps))
+    with rundir.StopSignal() as stop:
+      state = training.train(
+        state,
+        parallel.jit_train_step(step, mesh),
+        iterator,
+        mesh=mesh,
+        global_batch=settings.batch_size,
+        total_steps=settings.steps,
+        log_every=settings.log_every,
+        workdir=workdir,
+        checkpoints=checkpoints,
+        checkpoint_every=settings.checkpoint_every,
+        should_stop=lambda: stop.signum is not None,
+      )
+  if stop.signum is not None:
+    raise rundir.Stopped(stop.signum, int(state.step))
+  records = read_metrics(workdir / "metrics.jsonl")
+  pictures.save_loss(
+    workdir / "loss.png",
+    [int(record["step"]) for record in records],
+    [record["loss"] / np.prod(source.shape) for record in records],
+    "loss/dim",
+  )
+  _list(workdir, "checkpoints", "loss.png", "metrics.jsonl", "config.json")
+
+
+def _standing(step: int, steps: int) -> str:
+  if step >= steps:
+    return f"this run is finished: {step} of {steps} steps are done; to train longer, take another workdir"
+  return f"continuing from step {step}" if step else f"training for {steps} steps"
+
+
+def sample(config: Config, workdir: Path) -> None:
+  """Draw samples of the trained model."""
+  settings, mesh = factory.sample_settings(config), parallel.make_mesh()
+  _check_batch("sample.batch_size", settings.batch_size, mesh.size)
+  source, params, step = rundir.load(workdir, config)
+  process = factory.make_process(config)
+  score = factory.make_score(config)
+  _say(f"sampling from step {step}")
+  drawn = runs.draw(
+    score,
+    params,
+    process,
+    factory.make_sampler(config),
+    source.shape,
+    settings.num,
+    settings.batch_size,
+    settings.seed,
+    mesh,
+  )
+  np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
+  status.check(drawn["code"], drawn["accepted"])
+  paths = runs.trajectories(
+    score(params),
+    process,
+    factory.make_sampler(config, path=True),
+    source.shape,
+    min(settings.trajectories, settings.num),
+    settings.seed,
+  )
+  if len(source.shape) == 3 and source.shape[-1] in (1, 3):
+    pictures.save_grid(workdir / "samples.png", drawn["x"], columns=round(settings.num**0.5))
+    # Most of the way is pure noise or all but done: ten of twelve columns show the middle half.
+    fractions = np.array([0.0, *np.linspace(0.25, 0.75, 10), 1.0])
+    shown = paths[(fractions * (len(paths) - 1)).round().astype(int)]
+    pictures.save_grid(workdir / "denoising.png", shown.swapaxes(0, 1).reshape(-1, *source.shape), columns=12)
+  elif source.shape == (2,):
+    data = source.gather(np.arange(min(len(source), settings.num)))["x"]
+    pictures.save_scatter(workdir / "samples.png", drawn["x"], data)
+    pictures.save_paths(workdir / "denoising.png", paths, data)
+  _list(workdir, "samples.png", "denoising.png", "samples.npz")
+
+
+def likelihood(config: Config, workdir: Path) -> None:
+  """Evaluate the trained model on held-out data."""
+  settings, mesh = factory.likelihood_settings(config), parallel.make_mesh()
+  _check_batch("likelihood.batch_size", settings.batch_size, mesh.size)
+  source, params, step = rundir.load(workdir, config)
+  held_out = factory.make_source(config, settings.split)
+  _say(f"evaluating step {step} on {settings.split}")
+  values = runs.log_likelihoods(
+    factory.make_score(config),
+    params,
+    factory.make_log_prob(config),
+    held_out,
+    settings.limit,
+    _batch_size(settings.batch_size, min(len(held_out), settings.limit or len(held_out)), mesh.size),
+    settings.seed,
+    mesh,
+  )
+  np.savez_compressed(workdir / "likelihood.npz", allow_pickle=False, **values)
+  failed = int(np.count_nonzero(values["code"]))
+  rows = {} if held_out.levels is None else _reference_rows(source, held_out, len(values["value"]))
+  if not failed:
+    rows["model"] = baselines.mean_and_error(values["value"])
+  unit = "nats" if held_out.levels is None else "bits/dim"
+  report = {
+    "unit": f"log-density, {unit}" if held_out.levels is None else unit,
+    "model": {name: config[name] for name in ("sde", "prediction", "network")},
+    "data": {"name": held_out.name, "content": held_out.content_hash},
+    "split": settings.split,
+    "examples": len(values["value"]),
+    "failed": failed,
+    "checkpoint_step": step,
+    "nfe": {"mean": float(values["nfe"].mean()), "min": int(values["nfe"].min()), "max": int(values["nfe"].max())},
+    "probe_standard_error": _finite(float(np.sqrt(np.mean(values["standard_error"] ** 2)))),
+    "settings": config["likelihood"],
+    "results": {name: {"mean": row.mean, "standard_error": _finite(row.standard_error)} for name, row in rows.items()},
+  }
+  (workdir / "likelihood.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+  status.check(values["code"], values["accepted"])
+  print(_table(f"{held_out.name}, {settings.split}: {report['examples']} examples, {report['unit']}", rows))
+  print(f"{report['nfe']['mean']:.0f} network evaluations an example ({report['nfe']['min']}-{report['nfe']['max']})")
+  _list(
+    workdir,
+    "checkpoints",
+    "likelihood.json",
+    "likelihood.npz",
+    "samples.png",
+    "denoising.png",
+    "loss.png",
+    "config.json",
+  )
+
+
+def _batch_size(wanted: int, examples: int, devices: int) -> int:
+  """The wanted batch size, or what the examples fill."""
+  if examples < devices:
+    raise ConfigError(
+      f"{examples} examples cannot be split over {devices} devices: evaluate more, or use fewer devices"
+    )
+  return min(wanted, examples - examples % devices)
+
+
+def _finite(value: float) -> float | None:
+  return value if np.isfinite(value) else None
+
+
+def _reference_rows(source: Any, held_out: Any, count: int) -> dict[str, baselines.Bits]:
+  seen = source.gather(np.arange(min(len(source), 20_000)))["x"]
+  unseen = held_out.gather(np.arange(count))["x"]
+  rows = {
+    "uniform": baselines.uniform(held_out.levels),
+    "per-pixel histogram": baselines.histogram(seen, unseen, held_out.levels),
+  }
+  if np.prod(held_out.shape) <= 1024:
+    rows["full-covariance Gaussian"] = baselines.gaussian(seen, unseen)
+  return rows
+
+
+def _table(title: str, rows: dict[str, baselines.Bits]) -> str:
+  width = max(map(len, rows))
+  lines = [f"  {name:<{width}}  {row.mean:8.4f} +- {row.standard_error:.4f}" for name, row in rows.items()]
+  return "\n".join([title, *lines])
+
+
+def _list(workdir: Path, *names: str) -> None:
+  """Print the paths of what is there."""
+  for name in names:
+    if (workdir / name).exists():
+      print(workdir / name)

@@ -1,0 +1,128 @@
+"""The directory of a run: one trainer at a time, one run for ever, and commands that fit the model in it."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+from jaxdiff import factory, training
+from jaxdiff.data import pipeline
+from jaxdiff.data.examples import Source
+from jaxdiff.schema import Config, ConfigError
+
+_DATA = ("name", "count", "shape", "levels", "content")
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
+  """Keep other trainers out of the directory, which is made if need be.
+
+  Raises:
+    ConfigError: another trainer is in it, it holds another run, or it cannot be written.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, closed below
+  except OSError as error:
+    raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ConfigError(
+        f"{workdir} is being trained in by process {file.read()}: wait for its end, or take another workdir"
+      ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _check_same_run(workdir, config)
+    yield
+
+
+def _check_same_run(workdir: Path, config: Config) -> None:
+  path = workdir / "config.json"
+  if path.exists() and (found := factory.differences(factory.identity(factory.read(path)), factory.identity(config))):
+    raise ConfigError(
+      f"{workdir} holds another run: {'; '.join(found)}. Take another workdir, or leave these settings alone"
+    )
+
+
+def fingerprint(config: Config, source: Source) -> dict[str, Any]:
+  """What must be equal for a training to continue."""
+  batch_size, seed = config["train"]["batch_size"], config["seed"]
+  return {"config": factory.identity(config), "data": pipeline.fingerprint(source, batch_size, seed)}
+
+
+def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
+  """(training source, parameters, step) of the run in the directory.
+
+  Raises:
+    ConfigError: there is no run, or it was trained with another process, prediction, network or data than the config
+      has.
+  """
+  try:
+    trained = factory.normalize(training.load_fingerprint(workdir / "checkpoints"))
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  then, given = trained["config"], factory.identity(config)
+  model = {name: given[name] for name in factory.MODEL_SECTIONS}
+  _check_same_model(workdir, factory.differences({name: then[name] for name in model}, model))
+  if unused := factory.differences(then, given):
+    print(f"jaxdiff: the run is trained, so without effect: {'; '.join(unused)}", file=sys.stderr)
+  source = factory.make_source(config, "train")
+  now = factory.normalize(pipeline.fingerprint(source, 1, 0))
+  _check_same_model(
+    workdir, [d for name in _DATA for d in factory.differences(trained["data"][name], now[name], f"data.{name}")]
+  )
+  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  try:
+    return source, *training.load_params(workdir / "checkpoints", shapes)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def _check_same_model(workdir: Path, found: list[str]) -> None:
+  if found:
+    raise ConfigError(
+      f"the model in {workdir} was trained otherwise: {'; '.join(found)}. Leave these settings as they were (without "
+      "--config they are), or train another model in another workdir; other data cannot be evaluated yet"
+    )
+
+
+class Stopped(Exception):
+  """A signal ended the training after a step, which is saved.
+
+  Attributes:
+    signum: the number of the signal.
+  """
+
+  def __init__(self, signum: int, step: int):
+    super().__init__(f"stopped at step {step}, which is saved; the same command continues from there")
+    self.signum = signum
+
+
+class StopSignal:
+  """Within this context the first SIGTERM or Ctrl-C is noted in `signum`; a second one ends the process at once."""
+
+  signum: int | None = None
+
+  def __enter__(self) -> "StopSignal":
+    self._usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    for number, handler in self._usual.items():
+      signal.signal(number, handler)
+
+  def _note(self, signum: int, frame: FrameType | None) -> None:
+    self.signum = signum
+    self.__exit__()
+    os.write(2, b"\njaxdiff: saving a checkpoint after this step; once more to end at once\n")

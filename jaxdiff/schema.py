@@ -1,0 +1,252 @@
+"""What a config may hold: its sections, their fields and types.
+
+A section with a `type` is one component: the tables below give its constructor, and the constructor's signature is the
+schema of the rest. A section without holds the settings of a step of the work. Anything unknown or of another type is
+refused with its path and the nearest valid spelling.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jaxdiff import divergence, likelihood, losses, predictions, samplers, schedules, sde
+from jaxdiff.data import sources
+from jaxdiff.models import MLP, UNet
+from jaxdiff.training import make_optimizer
+
+Config = dict[str, Any]
+Constructor = Callable[..., Any]
+Table = Mapping[str, Constructor]
+
+SOURCES: Table = {
+  "digits": sources.digits,
+  "toy2d": sources.toy2d,
+  "npz": sources.npz,
+  "image_folder": sources.image_folder,
+  "tfds": sources.tfds_source,
+}
+PROCESSES: Table = {"VP": sde.VP, "SubVP": sde.SubVP, "CosineVP": sde.CosineVP, "VE": sde.VE, "EDM": sde.EDM}
+PREDICTIONS: Table = {
+  "noise": predictions.noise,
+  "data": predictions.data,
+  "velocity": predictions.velocity,
+  "score": predictions.score,
+  "edm": predictions.edm,
+}
+LOSSES: Table = {"denoising": losses.denoising}
+WEIGHTS: Table = {
+  "noise": losses.weights.noise,
+  "likelihood": losses.weights.likelihood,
+  "edm": losses.weights.edm,
+  "min_snr": losses.weights.min_snr,
+}
+TIMES: Table = {
+  "uniform": losses.times.uniform,
+  "importance": losses.times.importance,
+  "log_normal": losses.times.log_normal,
+}
+NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
+SAMPLERS: Table = {"reverse_sde": samplers.reverse_sde, "probability_flow": samplers.probability_flow}
+DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """How to train. Steps count updates; `random_flip` mirrors half of the images left to right."""
+
+  batch_size: int = 128
+  steps: int = 1000
+  ema_decay: float = 0.999
+  random_flip: bool = False
+  log_every: int = 50
+  checkpoint_every: int = 500
+  keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+  """How many samples to draw, how many at a time, and how many trajectories to show."""
+
+  num: int = 100
+  batch_size: int = 100
+  trajectories: int = 6
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodSettings:
+  """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time."""
+
+  split: str = "test"
+  limit: int = 0
+  batch_size: int = 120
+  seed: int = 0
+
+
+class ConfigError(ValueError):
+  """A config names something that does not exist or holds a value out of range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """What one section may hold.
+
+  Attributes:
+    makes: constructors by `type`, or the constructors whose arguments the section holds.
+    given: arguments that the program gives, and no config.
+    parts: arguments that are sections of their own, with the names of these.
+  """
+
+  makes: Table | tuple[Constructor, ...]
+  given: tuple[str, ...] = ()
+  parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+SECTIONS: Mapping[str, Section] = {
+  "data": Section(SOURCES, given=("split",)),
+  "sde": Section(PROCESSES),
+  "prediction": Section(PREDICTIONS),
+  "loss": Section(LOSSES, given=("sde", "prediction"), parts={"weight": "weight", "time": "time"}),
+  "loss.weight": Section(WEIGHTS),
+  "loss.time": Section(TIMES),
+  "network": Section(NETWORKS, given=("parent", "name")),
+  "optimizer": Section((make_optimizer,), given=("total_steps",)),
+  "train": Section((TrainSettings,)),
+  "sample": Section((SampleSettings,)),
+  "sampler": Section(SAMPLERS, given=("sde", "path"), parts={"ts": "grid"}),
+  "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
+  "likelihood": Section((LikelihoodSettings, likelihood.log_prob), given=("sde",), parts={"divergence": "divergence"}),
+  "likelihood.divergence": Section(DIVERGENCES),
+}
+TOP = ("seed", *(path for path in SECTIONS if "." not in path))
+
+
+def nearest(word: str, words: Any) -> str:
+  """The nearest valid spelling, if there is one, and all valid ones."""
+  names = sorted(words)
+  close = difflib.get_close_matches(word.lower(), [w.lower() for w in names], n=1, cutoff=0.5)
+  hint = f"did you mean {next(w for w in names if w.lower() == close[0])!r}? " if close else ""
+  return f"{hint}valid: {', '.join(names)}"
+
+
+def constructors(path: str, section: Any) -> tuple[Constructor, ...]:
+  """What the section at `path` makes; for a component, as its `type` says."""
+  if not isinstance(section, Mapping):
+    raise ConfigError(f"config.{path} must be a section, a ConfigDict or dict of fields; got {section!r}")
+  makes = SECTIONS[path].makes
+  if isinstance(makes, tuple):
+    return makes
+  kind = str(section.get("type", "missing"))
+  if kind not in makes:
+    raise ConfigError(f"config.{path}.type is {kind!r}; {nearest(kind, makes)}")
+  return (makes[kind],)
+
+
+def _arguments(path: str, section: Any) -> dict[str, inspect.Parameter]:
+  signatures = [inspect.signature(make).parameters for make in constructors(path, section)]
+  return {name: argument for signature in signatures for name, argument in signature.items()}
+
+
+def parameters(path: str, section: Any) -> dict[str, inspect.Parameter]:
+  """The fields of the section at `path`, sections within it not among them."""
+  taken = (*SECTIONS[path].given, *SECTIONS[path].parts)
+  return {name: argument for name, argument in _arguments(path, section).items() if name not in taken}
+
+
+def subsections(path: str, section: Any) -> list[str]:
+  """The names of the sections within the section at `path`."""
+  arguments = _arguments(path, section)
+  return [name for argument, name in SECTIONS[path].parts.items() if argument in arguments]
+
+
+def check_name(path: str, section: Any, name: str) -> None:
+  """Refuse a field that the section at `path` cannot have."""
+  valid = [*parameters(path, section), *subsections(path, section)]
+  if name not in valid and not (name == "type" and isinstance(SECTIONS[path].makes, Mapping)):
+    raise ConfigError(f"config.{path}.{name} does not exist; {nearest(name, valid)}")
+
+
+def check_section(path: str, section: Any) -> None:
+  """Refuse a section with unknown fields, missing ones, or values of another type; sections within it included."""
+  fields = parameters(path, section)
+  for name in section:
+    check_name(path, section, name)
+  if missing := [name for name in fields if name not in section and fields[name].default is inspect.Parameter.empty]:
+    raise ConfigError(f"config.{path} needs a value for {', '.join(missing)}")
+  for name in fields.keys() & section.keys():
+    check_type(f"{path}.{name}", section[name], fields[name].annotation)
+  for name in subsections(path, section):
+    if name in section:
+      check_section(f"{path}.{name}", section[name])
+
+
+def check_sections(config: Config) -> None:
+  """Refuse a config with sections that are unknown, missing or wrong in themselves."""
+  for name in config:
+    if name not in TOP:
+      raise ConfigError(f"config.{name} does not exist; {nearest(name, TOP)}")
+  if missing := [name for name in TOP if name not in config]:
+    raise ConfigError(f"config needs {', '.join(missing)}")
+  check_type("seed", config["seed"], int)
+  for name in TOP[1:]:
+    check_section(name, config[name])
+
+
+def check_type(path: str, value: Any, annotation: Any) -> None:
+  """Refuse a value that a field of this annotation cannot hold."""
+  if not fits(value, annotation):
+    raise ConfigError(f"config.{path} must be {_text(annotation)}, got {value!r}")
+
+
+def fits(value: Any, annotation: Any) -> bool:
+  """Whether a value of a config is one of the annotated type; whole numbers are floats, too.
+
+  Example:
+    >>> fits(1, float), fits(1.5, int), fits((1, 2), tuple[int, ...]), fits(None, int | None)
+    (True, False, True, True)
+  """
+  if annotation in (Any, inspect.Parameter.empty):
+    return True
+  origin, arguments = get_origin(annotation), get_args(annotation)
+  if origin in (Union, types.UnionType):
+    return any(fits(value, option) for option in arguments)
+  if origin is Literal:
+    return value in arguments
+  if origin is tuple:
+    return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
+  if annotation in (None, type(None)):
+    return value is None
+  if annotation is float:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+  if annotation is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return annotation in (str, bool) and isinstance(value, annotation)
+
+
+def cast(value: Any, annotation: Any) -> Any:
+  """The value, a whole number as a float where the annotation has floats."""
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  return float(value) if whole and float in (annotation, *get_args(annotation)) else value
+
+
+def paths(path: str, section: Any) -> list[str]:
+  """The fields of the section at `path` that hold the path of a file or folder."""
+  return [name for name, field in parameters(path, section).items() if Path in get_args(field.annotation)]
+
+
+def _text(annotation: Any) -> str:
+  """An annotation in words."""
+  origin, arguments = get_origin(annotation), get_args(annotation)
+  if origin is Literal:
+    return " or ".join(map(repr, arguments))
+  if origin in (Union, types.UnionType):
+    plain = [option for option in arguments if get_origin(option) or option in (str, bool, int, float, type(None))]
+    return " or ".join(_text(option) for option in plain if not (option is int and float in plain))
+  if origin is tuple:
+    return f"a tuple of {_text(arguments[0])}"
+  words = {int: "an integer", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+  return words.get(annotation, str(annotation))
