@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jaxdiff.sde import ScalarSDE, batch_time, expand
 from jaxdiff.typing import Network, Params, ScoreFn, State, Time
@@ -150,7 +151,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
 
 def call_network(
   network: Network, prediction: Prediction, sde: ScalarSDE, x: State, t: Time, cond: Any, parts: int = 1
-) -> State:
+) -> Float[Array, "b ..."]:
   """The raw output at (x, t), checked and cast to the type of x.
 
   Raises:
