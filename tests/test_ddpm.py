@@ -556,6 +556,9 @@ def test_values_belong_to_the_example_and_conditions_reach_the_network(name):
     jd.example_keys(jax.random.key(1), 4, 2), x[4:], {"label": cond["label"][4:]}, None if u is None else u[4:]
   )
   np.testing.assert_allclose(whole[4:], tail, rtol=1e-5)
+  one = lambda key, x, label, u: loss(key[None], x[None], {"label": label[None]}, None if u is None else u[None])[0]
+  singly = jax.vmap(one, in_axes=(0, 0, 0, None if u is None else 0))
+  np.testing.assert_allclose(whole, singly(jd.example_keys(jax.random.key(1), 0, 6), x, cond["label"], u), rtol=1e-5)
   changed = loss(jax.random.key(1), x, {"label": cond["label"] + 0.1}, u)
   assert jnp.all(changed != whole)
 

@@ -35,7 +35,8 @@ def test_public_names_of_the_design_exist():
     "SDE ScalarSDE VP SubVP VE EDM CosineVP perturb reverse example_keys raise_if_failed time_grid score_fn denoised "
     "losses.denoising samplers.reverse_sde samplers.probability_flow likelihood.log_prob likelihood.bits_per_dim "
     "divergence.exact divergence.hutchinson predictions.noise predictions.data predictions.velocity predictions.score "
-    "predictions.edm typing.Sample typing.LogProb"
+    "predictions.edm typing.Sample typing.LogProb ddpm.Chain ncsn.Chain losses.ddpm_simple losses.ddpm_elbo "
+    "losses.ddpm_hybrid losses.ncsn losses.decoders"
   )
   for name in names.split():
     assert operator.attrgetter(name)(jd) is not None

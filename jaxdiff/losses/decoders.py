@@ -18,7 +18,7 @@ Values = Float[Array, "..."]
 
 _LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
 _FAR = -10.0
-_NARROW = 0.01
+_NARROW = 0.004
 
 
 def level_values(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Float[Array, " {levels}"]:
