@@ -449,6 +449,22 @@ def test_bound_uses_every_step_as_often_as_it_says():
     assert len(calls) == expected
 
 
+@pytest.mark.parametrize("every_step", [True, False])
+def test_bound_has_a_gradient_for_the_betas(every_step, x64):
+  """Against central differences with the same noise: a learned schedule is a chain that is trained."""
+  x0, betas = gaussian().sample(jax.random.key(0), 16), doubled("short").betas
+
+  @jax.jit
+  def bound(betas):
+    loss = jd.losses.ddpm_elbo(jd.ddpm.Chain(betas), variance="optimal", data_variance=0.3, every_step=every_step)
+    return loss(jax.random.key(1), x0, lambda x, t: 0.8 * x)[0].mean()
+
+  gradient = jax.grad(bound)(betas)
+  for i in (0, 3, 7):
+    difference = (bound(betas.at[i].add(1e-6)) - bound(betas.at[i].add(-1e-6))) / 2e-6
+    np.testing.assert_allclose(gradient[i], difference, rtol=1e-5)
+
+
 # ----- the hybrid
 
 
