@@ -13,6 +13,7 @@ References:
   Ho et al. 2020, Denoising Diffusion Probabilistic Models, eq. 2, 4, 6, 7 and 11 for (1) to (5).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,7 @@ def _check_betas(betas: np.ndarray) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Chain:
   """A chain of T noising steps; a pytree. Steps t are integers 0..T, scalar or `[b]`, and 0 is the data.
 
@@ -98,10 +99,10 @@ class Chain:
 
   betas: Float[Array, " T"]
 
-  def __post_init__(self):
-    if not isinstance(self.betas, jax.core.Tracer):
-      _check_betas(np.asarray(self.betas))
-      object.__setattr__(self, "betas", jnp.asarray(self.betas, jnp.result_type(float)))
+  def __init__(self, betas: ArrayLike | Sequence[float]):
+    if not isinstance(betas, jax.core.Tracer):
+      _check_betas(np.asarray(betas))
+    object.__setattr__(self, "betas", jnp.asarray(betas, jnp.result_type(float)))
 
   @property
   def steps(self) -> int:
@@ -113,7 +114,7 @@ class Chain:
     return jnp.log1p(-self.betas)
 
   @property
-  def _log_alpha_squared(self) -> Float[Array, " T+1"]:
+  def _log_alpha_squared(self) -> Float[Array, " nodes"]:
     return jnp.concatenate([jnp.zeros_like(self.betas[:1]), jnp.cumsum(self._log_keep)])
 
   def _beta(self, t: Step) -> Coefficient:
@@ -235,8 +236,8 @@ class ChainSDE:
   beta(t) = -T log(1 - beta_i) on ((i - 1) / T, i / T], so it jumps at the steps: an adaptive solver sees T kinks.
   """
 
-  log_alpha_squared: Float[Array, " T+1"]
-  rises: Float[Array, " T"]
+  log_alpha_squared: Float[Array, " nodes"]
+  rises: Float[Array, " pieces"]
 
   t1 = 1.0
 

@@ -10,12 +10,14 @@ References:
   al. 2021, Score-Based Generative Modeling through SDEs, eq. 8 and Appendix F, for (1) and (3).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jaxdiff import keys
@@ -54,7 +56,7 @@ def _check_sigmas(sigmas: np.ndarray) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Chain:
   """N noise levels; a pytree. Levels i are integers 0..N, scalar or `[b]`: 1 is the least noise, 0 the data.
 
@@ -75,10 +77,10 @@ class Chain:
 
   sigmas: Float[Array, " N"]
 
-  def __post_init__(self):
-    if not isinstance(self.sigmas, jax.core.Tracer):
-      _check_sigmas(np.asarray(self.sigmas))
-      object.__setattr__(self, "sigmas", jnp.asarray(self.sigmas, jnp.result_type(float)))
+  def __init__(self, sigmas: ArrayLike | Sequence[float]):
+    if not isinstance(sigmas, jax.core.Tracer):
+      _check_sigmas(np.asarray(sigmas))
+    object.__setattr__(self, "sigmas", jnp.asarray(sigmas, jnp.result_type(float)))
 
   @property
   def steps(self) -> int:
@@ -133,8 +135,8 @@ class ChainSDE:
   For `geometric_sigmas` this is `jaxdiff.VE`. For others g(t) jumps at the levels. sigma is sigma_1, not 0, at t = 0.
   """
 
-  log_sigmas: Float[Array, " N"]
-  rises: Float[Array, " N-1"]
+  log_sigmas: Float[Array, " nodes"]
+  rises: Float[Array, " pieces"]
 
   t1 = 1.0
 

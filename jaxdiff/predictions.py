@@ -157,7 +157,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
 
 def call_network(
   network: Network, prediction: Prediction, sde: ScalarSDE, x: State, t: Time, cond: Any, parts: int = 1
-) -> State:
+) -> Float[Array, "b ..."]:
   """The raw output at (x, t), checked and cast to the type of x.
 
   Raises:

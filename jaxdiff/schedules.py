@@ -200,7 +200,7 @@ def table_entry(table: Float[Array, " n"], step: Step) -> Float[Array, "..."]:
 
 
 def piecewise_linear(
-  nodes: Float[Array, " n+1"], rises: Float[Array, " n"], t: Float[Array, "..."]
+  nodes: Float[Array, " nodes"], rises: Float[Array, " pieces"], t: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """Value and slope of the function linear between its values nodes[i] at t = i / n; the end pieces go on outside.
 

@@ -30,10 +30,12 @@ def test_import_is_light():
 
 def test_public_names_of_the_design_exist():
   names = (
-    "SDE ScalarSDE VP SubVP VE EDM CosineVP LinearSDE perturb reverse example_keys raise_if_failed time_grid "
-    "score_fn denoised losses.denoising samplers.reverse_sde samplers.probability_flow likelihood.log_prob "
+    "SDE ScalarSDE VP SubVP VE EDM CosineVP LinearSDE VariancePreserving perturb reverse example_keys raise_if_failed "
+    "time_grid score_fn score_of denoised ddpm.Chain ncsn.Chain losses.denoising losses.explicit losses.implicit "
+    "losses.sliced losses.ncsn losses.ddpm_simple losses.ddpm_elbo losses.ddpm_hybrid losses.vdm losses.bound "
+    "losses.averaged losses.decoders samplers.reverse_sde samplers.probability_flow likelihood.log_prob "
     "likelihood.bits_per_dim divergence.exact divergence.hutchinson predictions.noise predictions.data "
-    "predictions.velocity predictions.score predictions.edm typing.Sample typing.LogProb"
+    "predictions.velocity predictions.score predictions.edm schedules.Gamma typing.Sample typing.LogProb"
   )
   for name in names.split():
     assert operator.attrgetter(name)(jd) is not None

@@ -118,8 +118,8 @@ class _Bound(NamedTuple):
 
   def step_kl(self, found: Evaluation, t: Int[Array, " b"]) -> Float[Array, " b"]:
     """(4), 0 at t = 1."""
-    beta, (_, before) = self.chain.variance("beta", t), self.chain.marginal(t - 1)
-    weight = jnp.where(t > 1, beta / ((1 - beta) * before**2), 0.0)
+    beta, before = self.chain.variance("beta", t), jnp.where(t > 1, self.chain.marginal(t - 1)[1], 1.0)
+    weight = beta / ((1 - beta) * before**2)
     tilde = self.chain.interpolated_log_variance(jnp.zeros_like(beta), t)
     q = self.log_variance(found, t) - expand(tilde, found.x_t)
     kl = 0.5 * sum_dims(q + jnp.expm1(-q) + jnp.exp(-q) * expand(weight, found.x_t) * found.error**2)
@@ -249,7 +249,7 @@ def ddpm_hybrid(
   chain: Chain,
   prediction: Prediction = predictions.noise(),
   levels: int | None = None,
-  weight: float = 1e-3,
+  weight: float = 5e-4,
   data_range: tuple[float, float] = (-1.0, 1.0),
   stratified: bool = True,
 ) -> Loss:

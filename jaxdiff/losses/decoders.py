@@ -18,7 +18,7 @@ Values = Float[Array, "..."]
 
 _LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
 _FAR = -10.0
-_NARROW = 0.01
+_NARROW = 0.004
 
 
 def level_values(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Float[Array, " {levels}"]:
@@ -98,26 +98,20 @@ def _log_cdf(x: Array) -> Array:
   return jnp.where(far, -0.5 * tail**2 - _LOG_ROOT_TWO_PI + _log_mills(tail), near)
 
 
-def _log_interval(low: Array, high: Array, half: Array) -> Array:
-  """log(Phi(high) - Phi(low)), high - low = 2 half.
+def _log_one_minus_ratio(a: Array, b: Array, half: Array, log_b: Array) -> Array:
+  """log(1 - Phi(a) / Phi(b)) for a + b <= 0, b - a = 2 half > 0, log_b = log Phi(b).
 
-  The interval (a, b) is the given one or, where that is to the right of 0, its mirror image on the left, where Phi has
-  all its digits: log Phi(b) + log(1 - exp(log Phi(a) - log Phi(b))). The difference of the two logarithms is taken to
-  first order where they are too close, and from their asymptotic series where they are too large.
+  The logarithm of the ratio is the difference of those of Phi; taken to first order where they are too close for that,
+  and from their asymptotic series where they are too large.
   """
-  right = low + high > 0
-  a, b = jnp.where(right, -high, low), jnp.where(right, -low, high)
-  middle = 0.5 * (a + b)
-  far = b < _FAR
+  middle, far = 0.5 * (a + b), b < _FAR
   narrow = ~far & (half < _NARROW)
-  wide = ~far & ~narrow
-  tail_a, tail_b = jnp.where(far, a, _FAR - 1), jnp.where(far, b, _FAR)
-  in_tail = 2 * half * middle + _log_mills(tail_a) - _log_mills(tail_b)
-  centred = jnp.where(narrow, middle, 0.0)
-  first_order = -2 * half * jnp.exp(-0.5 * centred**2 - _LOG_ROOT_TWO_PI - _log_cdf(centred))
-  difference = _log_cdf(jnp.where(wide, jnp.maximum(a, 3 * _FAR), -1.0)) - _log_cdf(jnp.where(wide, b, 0.0))
-  log_ratio = jnp.where(far, in_tail, jnp.where(narrow, first_order, difference))
-  return _log_cdf(b) + jnp.log(-jnp.expm1(log_ratio))
+  in_tail = 2 * half * middle + _log_mills(jnp.where(far, a, _FAR - 1)) - _log_mills(jnp.where(far, b, _FAR))
+  log_a = _log_cdf(jnp.maximum(a, 3 * _FAR))
+  log_hazard = -0.5 * middle**2 - _LOG_ROOT_TWO_PI - 0.5 * (log_a + log_b)
+  first_order = -2 * half * jnp.exp(jnp.where(narrow, log_hazard, 0.0))
+  log_ratio = jnp.where(far, in_tail, jnp.where(narrow, first_order, log_a - log_b))
+  return jnp.log(-jnp.expm1(log_ratio))
 
 
 def discretized_gaussian_log_prob(
@@ -155,13 +149,18 @@ def discretized_gaussian_log_prob(
   References:
     Ho et al. 2020, eq. 13.
   """
-  width = (data_range[1] - data_range[0]) / levels
   inverse = jnp.broadcast_to(jnp.exp(-_per_coordinate(log_std, mean)), mean.shape)
   edges = (_place(x, inside, levels, data_range).astype(mean.dtype) for inside in (0.0, 1.0))
   low, high = ((edge - mean) * inverse for edge in edges)
-  last = x.astype(jnp.int32) == levels - 1
-  inside = _log_interval(low, high, 0.5 * width * inverse)
-  return _sum(jnp.where(x == 0, _log_cdf(high), jnp.where(last, _log_cdf(-low), inside)))
+  first, last = x == 0, x.astype(jnp.int32) == levels - 1
+  # A cell to the right of 0 is mirrored to the left, where Phi has all its digits.
+  mirrored = ~first & (last | (low + high > 0))
+  a, b = jnp.where(mirrored, -high, low), jnp.where(mirrored, -low, high)
+  log_b = _log_cdf(b)
+  bounded = ~first & ~last
+  half = 0.5 * (data_range[1] - data_range[0]) / levels * inverse
+  safe = (jnp.where(bounded, value, other) for value, other in ((a, -1.0), (b, 1.0), (half, 1.0), (log_b, 0.0)))
+  return _sum(log_b + jnp.where(bounded, _log_one_minus_ratio(*safe), 0.0))
 
 
 def nearest_level_log_prob(
