@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import jaxdiff as jd
 
 PACKAGE = pathlib.Path(jd.__file__).parent
@@ -41,6 +43,7 @@ def test_public_names_of_the_design_exist():
     assert operator.attrgetter(name)(jd) is not None
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_and_functions_stay_short_and_documented(path):
   text = path.read_text(encoding="utf-8")
   tree = ast.parse(text)
