@@ -74,11 +74,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(command: str, argv: list[str]) -> None:
-  from jaxdiff import arguments, commands, factory, rundir, status, training
+  from jaxdiff import arguments, commands, factory, objectives, rundir, status, training
 
   try:
     config, workdir = arguments.parse(argv)
-    factory.check(config)
+    objectives.check(config)
     getattr(commands, command)(config, workdir)
   except (factory.ConfigError, training.FingerprintError) as error:
     _leave(2, error)

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxdiff import factory, parallel, rundir, status, training
+from jaxdiff import factory, objectives, parallel, rundir, status, training
 from jaxdiff.data import pipeline
+from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import baselines, pictures, runs
-from jaxdiff.schema import Config, ConfigError
+from jaxdiff.schema import Config, ConfigError, LikelihoodSettings
 from jaxdiff.training.metrics import read_metrics
 
 
@@ -32,13 +34,13 @@ def train(config: Config, workdir: Path) -> None:
   source = factory.make_source(config, "train")
   if settings.batch_size > len(source):
     raise ConfigError(f"config.train.batch_size = {settings.batch_size} exceeds the {len(source)} training examples")
-  objective, optimizer = factory.make_objective(config, source), factory.make_optimizer_of(config)
+  loss, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
   params = factory.init_params(config, source)
 
   iterator = pipeline.train_batches(source, settings.batch_size, config["seed"])
   key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
   state = parallel.replicate(mesh, training.init_state(params, optimizer, key))
-  step = training.make_train_step(objective, optimizer, settings.ema_decay, settings.batch_size)
+  step = training.make_train_step(loss, optimizer, settings.ema_decay, settings.batch_size)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   _say(f"{source.name}: {len(source)} examples {source.shape}; {count:,} parameters; {mesh.size} {jax.devices()[0]}")
   fingerprint = rundir.fingerprint(config, source)
@@ -86,14 +88,14 @@ def sample(config: Config, workdir: Path) -> None:
   settings, mesh = factory.sample_settings(config), parallel.make_mesh()
   _check_batch("sample.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config)
-  process = factory.make_process(config)
+  process = factory.make_process(config, params)
   score = factory.make_score(config)
   _say(f"sampling from step {step}")
   drawn = runs.draw(
     score,
     params,
     process,
-    factory.make_sampler(config),
+    factory.make_sampler(config, process),
     source.shape,
     settings.num,
     settings.batch_size,
@@ -105,7 +107,7 @@ def sample(config: Config, workdir: Path) -> None:
   paths = runs.trajectories(
     score(params),
     process,
-    factory.make_sampler(config, path=True),
+    factory.make_sampler(config, process, path=True),
     source.shape,
     min(settings.trajectories, settings.num),
     settings.seed,
@@ -130,21 +132,15 @@ def likelihood(config: Config, workdir: Path) -> None:
   source, params, step = rundir.load(workdir, config)
   held_out = factory.make_source(config, settings.split)
   _say(f"evaluating step {step} on {settings.split}")
-  values = runs.log_likelihoods(
-    factory.make_score(config),
-    params,
-    factory.make_log_prob(config),
-    held_out,
-    settings.limit,
-    _batch_size(settings.batch_size, min(len(held_out), settings.limit or len(held_out)), mesh.size),
-    settings.seed,
-    mesh,
-  )
+  size = _batch_size(settings.batch_size, min(len(held_out), settings.limit or len(held_out)), mesh.size)
+  values = _evaluate(config, settings, params, held_out, size, mesh)
   np.savez_compressed(workdir / "likelihood.npz", allow_pickle=False, **values)
   failed = int(np.count_nonzero(values["code"]))
   rows = {} if held_out.levels is None else _reference_rows(source, held_out, len(values["value"]))
   if not failed:
     rows["model"] = baselines.mean_and_error(values["value"])
+  if "bound" in values:
+    rows["model, bound"] = baselines.mean_and_error(values["bound"])
   unit = "nats" if held_out.levels is None else "bits/dim"
   report = {
     "unit": f"log-density, {unit}" if held_out.levels is None else unit,
@@ -173,6 +169,19 @@ def likelihood(config: Config, workdir: Path) -> None:
     "loss.png",
     "config.json",
   )
+
+
+def _evaluate(
+  config: Config, settings: LikelihoodSettings, params: Any, held_out: Source, size: int, mesh: Mesh
+) -> dict[str, np.ndarray]:
+  """The probability flow's log-likelihoods and, if wanted, their variational bounds, on the same dequantized data."""
+  run = lambda one_batch, what: runs.evaluate(
+    one_batch, params, held_out, settings.limit, size, settings.seed, mesh, what
+  )
+  values = run(objectives.make_log_likelihood(config, params, held_out), "likelihood")
+  if settings.bound_draws:
+    values |= run(objectives.make_bound(config, params, held_out, settings.bound_draws), "bound")
+  return values
 
 
 def _batch_size(wanted: int, examples: int, devices: int) -> int:

@@ -1,9 +1,7 @@
 """From a config to components: the only file that builds from configs; `schema` says what a config may hold."""
 
 import dataclasses
-import functools
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +13,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxdiff import keys, likelihood, losses, predictions, schedules, schema, sde
+from jaxdiff import likelihood, predictions, schedules, schema, sde
 from jaxdiff.data.examples import SPLITS, Source, check_choice
-from jaxdiff.data.transforms import random_flip
 from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
@@ -86,7 +83,7 @@ def _construct(constructor: Callable[..., Any], fields: Mapping[str, Any], path:
     raise ConfigError(f"config.{path}: {error}") from error
 
 
-def _component(path: str, section: Any, /, **given: Any) -> Any:
+def component(path: str, section: Any, /, **given: Any) -> Any:
   """What a section makes, given what its own sections have made."""
   schema.check_section(path, section)
   (constructor,) = schema.constructors(path, section)
@@ -97,12 +94,39 @@ def _component(path: str, section: Any, /, **given: Any) -> Any:
 
 def make_source(config: Config, split: str) -> Source:
   """The examples of a split."""
-  return _component("data", config["data"], split=split)
+  return component("data", config["data"], split=split)
 
 
-def make_process(config: Config) -> sde.ScalarSDE:
-  """The forward process; its log-SNR must be finite and fall with time, its noise positive and its prior reached."""
-  process = _component("sde", config["sde"])
+def make_forward(config: Config) -> Any:
+  """What the section `sde` names: a process, or a discrete chain."""
+  return component("sde", config["sde"])
+
+
+def learned(config: Config) -> Any:
+  """What of the process is trained: all of its gamma, its interior, or None."""
+  section = config["sde"]
+  if section.get("learn_ends"):
+    gamma = make_forward(config).gamma
+    return dataclasses.replace(gamma, minimum=jnp.float32(gamma.minimum), maximum=jnp.float32(gamma.maximum))
+  return make_forward(config).gamma.interior if section.get("interior") == "learned" else None
+
+
+def make_process(config: Config, params: Any = None) -> Any:
+  """The forward process, with what the parameters hold of it; without them as it starts.
+
+  Its log-SNR must be finite and fall with time, its noise positive and its prior reached.
+  """
+  made = make_forward(config)
+  process = made.sde() if hasattr(made, "sde") else made
+  if params is None or learned(config) is None:
+    _check_process(process)
+    return process
+  if config["sde"].get("learn_ends"):
+    return sde.VariancePreserving(params["gamma"])
+  return sde.VariancePreserving(dataclasses.replace(process.gamma, interior=params["gamma"]))
+
+
+def _check_process(process: sde.ScalarSDE) -> None:
   first = float(schedules.start_time(process, None, schedules.TRAINING_NOISE_TO_SIGNAL))
   last = float(process.t1)
   if not 0 <= first < last:
@@ -119,27 +143,16 @@ def make_process(config: Config) -> sde.ScalarSDE:
       f"most {_LARGEST_SIGNAL_AT_PRIOR}, got {process}",
       stacklevel=1,
     )
-  return process
 
 
 def make_prediction(config: Config) -> predictions.Prediction:
   """What the network outputs."""
-  return _component("prediction", config["prediction"])
-
-
-def make_loss(config: Config) -> tuple[losses.score_matching.Loss, bool]:
-  """The loss, and whether its times are stratified over the batch."""
-  section = config["loss"]
-  schema.check_section("loss", section)
-  weight = _component("loss.weight", section.get("weight", {"type": "noise"}))
-  time = _component("loss.time", section.get("time", {"type": "uniform"}))
-  given = {"sde": make_process(config), "prediction": make_prediction(config), "weight": weight, "time": time}
-  return _component("loss", section, **given), time.stratified
+  return component("prediction", config["prediction"])
 
 
 def make_network(config: Config) -> UNet | MLP:
   """The linen module."""
-  return _component("network", config["network"], parent=None, name=None)
+  return component("network", config["network"], parent=None, name=None)
 
 
 def init_params(config: Config, source: Source) -> Any:
@@ -153,7 +166,12 @@ def init_params(config: Config, source: Source) -> Any:
     raise ConfigError(
       f"config.network has no parameters in {jax.tree_util.keystr(empty[0])}: its sizes must be positive"
     )
-  return params
+  return params if (part := learned(config)) is None else {"network": params, "gamma": part}
+
+
+def network_params(config: Config, params: Any) -> Any:
+  """The parameters of the network among those of the run."""
+  return params if learned(config) is None else params["network"]
 
 
 def make_optimizer_of(config: Config) -> optax.GradientTransformation:
@@ -165,7 +183,7 @@ def make_optimizer_of(config: Config) -> optax.GradientTransformation:
       f"config.train.steps = {steps} must exceed config.optimizer.warmup_steps = {section['warmup_steps']}: "
       "train longer, or warm up in fewer steps"
     )
-  return _component("optimizer", section, total_steps=steps)
+  return component("optimizer", section, total_steps=steps)
 
 
 def _at_least(path: str, settings: Any, least: int, *names: str) -> None:
@@ -181,7 +199,7 @@ def _check_seed(path: str, seed: Any) -> None:
 
 def train_settings(config: Config) -> TrainSettings:
   """The section `train`, its numbers in range."""
-  settings = _component("train", config["train"])
+  settings = component("train", config["train"])
   _at_least("train", settings, 1, "batch_size", "steps", "log_every", "checkpoint_every", "keep")
   if not 0 <= settings.ema_decay < 1:
     raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
@@ -190,7 +208,7 @@ def train_settings(config: Config) -> TrainSettings:
 
 def sample_settings(config: Config) -> SampleSettings:
   """The section `sample`, its numbers in range."""
-  settings = _component("sample", config["sample"])
+  settings = component("sample", config["sample"])
   _at_least("sample", settings, 1, "num", "batch_size", "trajectories")
   _check_seed("sample.seed", settings.seed)
   return settings
@@ -206,6 +224,7 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   schema.check_section("likelihood", section)
   settings = LikelihoodSettings(**{name: section[name] for name in _settings_fields(section)})
   _at_least("likelihood", settings, 1, "batch_size")
+  _at_least("likelihood", settings, 0, "bound_draws")
   _check_seed("likelihood.seed", settings.seed)
   if settings.limit < 0:
     raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
@@ -214,73 +233,50 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   return settings
 
 
-def make_log_prob(config: Config) -> Callable[..., Any]:
-  """The log-density of the config's process."""
+def make_log_prob(config: Config, process: sde.ScalarSDE) -> Callable[..., Any]:
+  """The log-density of a process."""
   section = config["likelihood"]
   schema.check_section("likelihood", section)
-  trace = _component("likelihood.divergence", section.get("divergence", {"type": "hutchinson"}))
+  trace = component("likelihood.divergence", section.get("divergence", {"type": "hutchinson"}))
   fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
-  return _construct(likelihood.log_prob, fields, "likelihood", sde=make_process(config), divergence=trace)
+  return _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
 
 
-def make_sampler(config: Config, **options: Any) -> Callable[..., Any]:
+def make_sampler(config: Config, process: sde.ScalarSDE, **options: Any) -> Callable[..., Any]:
   """The sampler, on its time grid if it has one; `options` are arguments that the config does not have."""
   section = config["sampler"]
-  given: dict[str, Any] = {"sde": make_process(config), **options}
+  given: dict[str, Any] = {"sde": process, **options}
   if "grid" in schema.subsections("sampler", section):
-    given["ts"] = _component("sampler.grid", section.get("grid", {}), sde=given["sde"])
-  return _component("sampler", section, **given)
+    given["ts"] = component("sampler.grid", section.get("grid", {}), sde=process)
+  return component("sampler", section, **given)
+
+
+def make_apply(config: Config) -> Callable[..., jax.Array]:
+  """`(params, x, t) -> output`, without what the network says of its variance."""
+  module = make_network(config)
+  apply: Callable[..., Any] = module.apply
+  if getattr(module, "parts", 1) == 1:
+    return apply
+  return lambda params, x, t: apply(params, x, t)[..., : x.shape[-1]]
 
 
 def make_score(config: Config) -> Callable[[Any], Any]:
-  """From parameters to the score that the network is with them."""
-  apply: Callable[..., Any] = make_network(config).apply
-  process, prediction = make_process(config), make_prediction(config)
-  return lambda params: predictions.score_fn(apply, params, process, prediction)
+  """From the parameters of the run to the score that the network is with them."""
+  apply, prediction = make_apply(config), make_prediction(config)
+  fixed = make_process(config)
+
+  def score(params: Any) -> Any:
+    process = fixed if learned(config) is None else make_process(config, params)
+    return predictions.score_fn(apply, network_params(config, params), process, prediction)
+
+  return score
 
 
-def make_objective(config: Config, source: Source) -> Callable[..., Any]:
-  """`objective(params, keys [b], batch) -> (loss [b], aux)` for the train step: prepare the data, then the loss."""
-  loss, stratified = make_loss(config)
-  module, settings, levels = make_network(config), train_settings(config), source.levels
-  if settings.random_flip and len(source.shape) != 3:
-    raise ConfigError(f"config.train.random_flip mirrors images [h, w, c]; the data have shape {source.shape}")
-
-  def objective(params: Any, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    data_key, flip_key, drop_key, loss_key = keys.split(key, 4)
-    x = batch["x"] if levels is None else likelihood.dequantize(data_key, batch["x"], levels)
-    if settings.random_flip:
-      x = random_flip(flip_key, x)
-    network: Callable[..., Any] = functools.partial(module.apply, params)
-    if getattr(module, "dropout", 0.0) > 0:
-      network = _with_dropout(network, drop_key)
-    value, aux = loss(loss_key, x, network, u=batch["u"] if stratified else None)
-    return value, {**aux, "loss_per_dim": value / math.prod(source.shape)}
-
-  return objective
-
-
-def _with_dropout(network: Callable[..., jax.Array], key: jax.Array) -> Callable[..., jax.Array]:
-  """The network in training mode, each example dropping activations by its own key."""
-
-  def one(key: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-    return network(x[None], t[None], train=True, rngs={"dropout": key})[0]
-
-  return lambda x, t: jax.vmap(one)(key, x, t)
-
-
-def check(config: Config) -> None:
-  """Build everything that needs no data, so that a mistake anywhere in the config shows before any work."""
-  schema.check_sections(config)
+def check_components(config: Config) -> None:
+  """Build everything that needs no data and no loss."""
   _check_seed("seed", config["seed"])
-  for build in (
-    make_loss,
-    make_network,
-    make_optimizer_of,
-    make_sampler,
-    make_log_prob,
-    train_settings,
-    sample_settings,
-    likelihood_settings,
-  ):
+  process = make_process(config)
+  for build in (make_network, make_optimizer_of, train_settings, sample_settings, likelihood_settings):
     build(config)
+  make_sampler(config, process)
+  make_log_prob(config, process)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jaxdiff import divergence, likelihood, losses, predictions, samplers, schedules, sde
+from jaxdiff import ddpm, divergence, likelihood, losses, ncsn, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
 from jaxdiff.models import MLP, UNet
 from jaxdiff.training import make_optimizer
@@ -22,6 +22,31 @@ Config = dict[str, Any]
 Constructor = Callable[..., Any]
 Table = Mapping[str, Constructor]
 
+
+def ddpm_chain(steps: int = 1000, schedule: Literal["linear", "cosine"] = "linear") -> ddpm.Chain:
+  """The chain of DDPM; the linear betas of 1000 steps, or so many times larger as there are fewer."""
+  if schedule == "cosine":
+    return ddpm.Chain(ddpm.cosine_betas(steps))
+  return ddpm.Chain(ddpm.linear_betas(steps, 0.1 / steps, 20 / steps))
+
+
+def ncsn_chain(levels: int = 10, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ncsn.Chain:
+  """The chain of NCSN with geometric noise levels."""
+  return ncsn.Chain(ncsn.geometric_sigmas(levels, sigma_min, sigma_max))
+
+
+def variance_preserving(
+  gamma_min: float = -13.3,
+  gamma_max: float = 5.0,
+  interior: Literal["straight", "learned"] = "straight",
+  learn_ends: bool = False,
+  width: int = 32,
+) -> sde.VariancePreserving:
+  """The process of a -log-SNR between two ends; what of it is learned is so by the loss `vdm`."""
+  between = {"interior": schedules.monotone_network(width)} if interior == "learned" else {}
+  return sde.VariancePreserving(schedules.Gamma(gamma_min, gamma_max, **between))
+
+
 SOURCES: Table = {
   "digits": sources.digits,
   "toy2d": sources.toy2d,
@@ -29,7 +54,16 @@ SOURCES: Table = {
   "image_folder": sources.image_folder,
   "tfds": sources.tfds_source,
 }
-PROCESSES: Table = {"VP": sde.VP, "SubVP": sde.SubVP, "CosineVP": sde.CosineVP, "VE": sde.VE, "EDM": sde.EDM}
+PROCESSES: Table = {
+  "VP": sde.VP,
+  "SubVP": sde.SubVP,
+  "CosineVP": sde.CosineVP,
+  "VE": sde.VE,
+  "EDM": sde.EDM,
+  "VariancePreserving": variance_preserving,
+  "DDPM": ddpm_chain,
+  "NCSN": ncsn_chain,
+}
 PREDICTIONS: Table = {
   "noise": predictions.noise,
   "data": predictions.data,
@@ -37,7 +71,26 @@ PREDICTIONS: Table = {
   "score": predictions.score,
   "edm": predictions.edm,
 }
-LOSSES: Table = {"denoising": losses.denoising}
+LOSSES: Table = {
+  "denoising": losses.denoising,
+  "implicit": losses.implicit,
+  "sliced": losses.sliced,
+  "bound": losses.bound,
+  "vdm": losses.vdm,
+  "ncsn": losses.ncsn,
+  "ddpm_simple": losses.ddpm_simple,
+  "ddpm_hybrid": losses.ddpm_hybrid,
+  "ddpm_elbo": losses.ddpm_elbo,
+}
+PROCESS_OF_LOSS: Mapping[str, str] = {
+  "vdm": "VariancePreserving",
+  "ncsn": "NCSN",
+  "ddpm_simple": "DDPM",
+  "ddpm_hybrid": "DDPM",
+  "ddpm_elbo": "DDPM",
+}
+_FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t")
+_FROM_PYTHON = ("decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step")
 WEIGHTS: Table = {
   "noise": losses.weights.noise,
   "likelihood": losses.weights.likelihood,
@@ -48,6 +101,7 @@ TIMES: Table = {
   "uniform": losses.times.uniform,
   "importance": losses.times.importance,
   "log_normal": losses.times.log_normal,
+  "fixed": losses.times.fixed,
 }
 NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
 SAMPLERS: Table = {"reverse_sde": samplers.reverse_sde, "probability_flow": samplers.probability_flow}
@@ -79,10 +133,14 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodSettings:
-  """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time."""
+  """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time.
+
+  The variational bound is averaged over `bound_draws` evaluations of the network an example; 0 leaves it out.
+  """
 
   split: str = "test"
   limit: int = 0
+  bound_draws: int = 32
   batch_size: int = 120
   seed: int = 0
 
@@ -110,7 +168,7 @@ SECTIONS: Mapping[str, Section] = {
   "data": Section(SOURCES, given=("split",)),
   "sde": Section(PROCESSES),
   "prediction": Section(PREDICTIONS),
-  "loss": Section(LOSSES, given=("sde", "prediction"), parts={"weight": "weight", "time": "time"}),
+  "loss": Section(LOSSES, given=(*_FROM_PROGRAM, *_FROM_PYTHON), parts={"weight": "weight", "time": "time"}),
   "loss.weight": Section(WEIGHTS),
   "loss.time": Section(TIMES),
   "network": Section(NETWORKS, given=("parent", "name")),

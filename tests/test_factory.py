@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import factory, schema
+from jaxdiff import factory, objectives, schema
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
@@ -42,7 +42,7 @@ def toy():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path):
   config = load(path)
-  factory.check(config)
+  objectives.check(config)
   source = factory.make_source(config, "train")
   params = factory.init_params(config, source)
   x, t = jnp.zeros((2, *source.shape)), jnp.full(2, 0.5)
@@ -66,7 +66,7 @@ def test_identity_ignores_what_does_not_change_the_training(toy):
 @pytest.mark.parametrize("prediction", schema.PREDICTIONS)
 def test_every_process_and_prediction_by_name(toy, kind, prediction):
   config = changed(changed(toy, "sde", {"type": kind}), "prediction", {"type": prediction})
-  factory.check(config)
+  objectives.check(config)
   params = factory.init_params(config, from_arrays(np.zeros((4, 2), np.float32)))
   score = factory.make_score(config)(params)
   assert jnp.all(jnp.isfinite(score(jnp.ones((2, 2)), 0.3)))
@@ -123,7 +123,7 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
 )
 def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
   with pytest.raises(ConfigError, match=message):
-    factory.check(changed(toy, path, value))
+    objectives.check(changed(toy, path, value))
 
 
 @pytest.mark.parametrize("kind", schema.PROCESSES)
@@ -152,7 +152,7 @@ def test_missing_sections_are_named(toy):
   config = copy.deepcopy(toy)
   del config["sampler"], config["loss"]
   with pytest.raises(ConfigError, match="config needs loss, sampler"):
-    factory.check(config)
+    objectives.check(config)
 
 
 def test_network_that_does_not_fit_the_data_is_refused(toy, untyped):
@@ -185,7 +185,7 @@ def test_data_mistakes_are_named(toy, tmp_path):
 def objective_values(config, source, batch):
   params = factory.init_params(config, source)
   params = jax.tree.map(lambda p: p + 0.01, params)
-  objective = factory.make_objective(config, source)
+  objective = objectives.make_objective(config, source)
   keys = jd.example_keys(jax.random.key(0), 0, len(batch))
   u = jnp.linspace(0.0, 1.0, len(batch), endpoint=False)
   return jax.jit(lambda p: objective(p, keys, {"x": jnp.asarray(batch), "u": u})[0])(params)
@@ -193,7 +193,7 @@ def objective_values(config, source, batch):
 
 def test_objective_reports_the_loss_per_dimension(toy):
   source = from_arrays(np.ones((4, 2), np.float32))
-  objective, params = factory.make_objective(toy, source), factory.init_params(toy, source)
+  objective, params = objectives.make_objective(toy, source), factory.init_params(toy, source)
   batch = {"x": jnp.ones((4, 2)), "u": jnp.linspace(0.1, 0.9, 4)}
   loss, aux = objective(params, jd.example_keys(jax.random.key(0), 0, 4), batch)
   np.testing.assert_allclose(aux["loss_per_dim"], loss / 2)
@@ -209,4 +209,4 @@ def test_objective_dequantizes_flips_and_drops(toy):
   assert 0 < np.count_nonzero(np.asarray(plain == flipped)) < 8
   assert jnp.all(plain != dropped)
   with pytest.raises(ConfigError, match="random_flip mirrors images"):
-    factory.make_objective(changed(toy, "train.random_flip", True), from_arrays(np.zeros((4, 2), np.float32)))
+    objectives.make_objective(changed(toy, "train.random_flip", True), from_arrays(np.zeros((4, 2), np.float32)))

@@ -31,7 +31,7 @@ import jaxlib
 import numpy as np
 import optax
 
-from jaxdiff import divergence, factory, likelihood, parallel, samplers, schedules, sde, training
+from jaxdiff import divergence, factory, likelihood, objectives, parallel, samplers, schedules, sde, training
 from jaxdiff.data import pipeline
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
@@ -113,7 +113,7 @@ def train(setting: Setting, steps: int = 30) -> Any:
   params = factory.init_params(setting.config, setting.source)
   state = parallel.replicate(mesh, training.init_state(params, optimizer, jax.random.key(1)))
   carry = params, optimizer.init(params), jnp.zeros((), jnp.int32)
-  objective = factory.make_objective(setting.config, setting.source)
+  objective = objectives.make_objective(setting.config, setting.source)
   whole = parallel.jit_train_step(training.make_train_step(objective, optimizer, 0.998, setting.batch), mesh)
   bare = bare_step(setting, optimizer)
   iterator = pipeline.train_batches(setting.source, setting.batch, seed=0)

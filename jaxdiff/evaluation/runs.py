@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxdiff import keys, likelihood, parallel
+from jaxdiff import keys, parallel
 from jaxdiff.data.examples import Source
 from jaxdiff.data.pipeline import eval_batches
 from jaxdiff.sde import ScalarSDE
@@ -81,44 +82,36 @@ def trajectories(
   return np.asarray(run(score))
 
 
-def log_likelihoods(
-  score: Callable[[Params], ScoreFn],
+def evaluate(
+  one_batch: Callable[[Params, Array, Array], dict[str, Array]],
   params: Params,
-  log_prob: Callable[..., Any],
   source: Source,
   limit: int,
   batch_size: int,
   seed: int,
   mesh: Mesh,
+  what: str,
 ) -> dict[str, np.ndarray]:
   """Evaluate every example of a source, or the first `limit`.
 
   Args:
-    score: makes the score of parameters.
+    one_batch: `(params, keys [b], x [b, *d]) -> arrays [b]`, example by example.
     params: the parameters.
-    log_prob: from `jaxdiff.likelihood.log_prob`.
-    source: the examples; integers of `source.levels` levels are dequantized, floats taken as they are.
+    source: the examples.
     limit: how many examples, 0 for all.
     batch_size: how many at a time, divisible by the number of devices.
-    seed: of dequantization and probes.
+    seed: of the noise of the evaluation.
     mesh: the devices.
+    what: said beside the progress bar.
 
   Returns:
-    Arrays `[n]`: `value` (bits per dimension for integers, else log-density in nats), `standard_error` (over probes),
-    `nfe`, `code` (0 where the solve succeeded) and `accepted`.
+    Arrays `[n]`, named as those of `one_batch`.
   """
-  levels, count = source.levels, min(len(source), limit or len(source))
-  evaluate = log_prob if levels is None else likelihood.bits_per_dim(log_prob, levels)
-
-  def one_batch(params: Params, example: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
-    result = evaluate(example, x, score(params))
-    status = {"code": result.status.code, "accepted": result.status.accepted}
-    return {"value": result.value, "standard_error": result.standard_error, "nfe": result.nfe, **status}
-
+  count = min(len(source), limit or len(source))
   run = jax.jit(parallel.shard_examples(one_batch, mesh))
   params = parallel.replicate(mesh, params)
   parts, start = [], 0
-  with tqdm(total=count, unit="example", desc="likelihood", disable=None) as bar:
+  with tqdm(total=count, unit="example", desc=what, disable=None) as bar:
     for batch, valid in eval_batches(source, batch_size):
       if start >= count:
         break

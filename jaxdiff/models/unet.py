@@ -39,6 +39,7 @@ class UNet(nn.Module):
     max_frequency: largest angular frequency of the time embedding, radians per unit of t: see `sinusoidal_embedding`.
     fourier_levels: levels of the data for `fourier_features` of the input, which must not be rescaled (as the EDM
       prediction does); 0 for none.
+    parts: how many times the channels of x the output has: 2 for `losses.ddpm_hybrid` and learned variances.
     dtype: type of the computation; parameters are float32.
 
   Example:
@@ -58,12 +59,13 @@ class UNet(nn.Module):
   dropout: float = 0.0
   max_frequency: float = 1000.0
   fourier_levels: int = 0
+  parts: int = 1
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b h w c"], t: Float[Array, " b"], *, train: bool = False
-  ) -> Float[Array, "b h w c"]:
+  ) -> Float[Array, "b h w _"]:
     """Applies the network.
 
     Args:
@@ -72,7 +74,7 @@ class UNet(nn.Module):
       train: whether to drop activations; needs `rngs={"dropout": key}` if `dropout` is positive.
 
     Returns:
-      An array like `x`, in its dtype.
+      An array like `x`, of `parts` times its channels, in its dtype.
 
     Raises:
       ValueError: if x is not [b, h, w, c], t not [b], h or w not divisible by 2^(levels - 1), the channels of a level
@@ -100,7 +102,9 @@ class UNet(nn.Module):
       if level != 0:
         h = upsample(h)
     h = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype)(h))
-    return nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, kernel_init=ZERO, name="output")(h).astype(x.dtype)
+    return nn.Conv(self.parts * x.shape[-1], (3, 3), dtype=self.dtype, kernel_init=ZERO, name="output")(h).astype(
+      x.dtype
+    )
 
   def _check(self, x: Array, t: Array) -> None:
     check_input(x, t, rank=4, layout="images [b, h, w, c]")
