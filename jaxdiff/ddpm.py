@@ -258,9 +258,9 @@ class ChainSDE:
     return jnp.exp(0.5 * log_alpha_squared), jnp.sqrt(-jnp.expm1(log_alpha_squared))
 
   def time_of_log_snr(self, log_snr: Time) -> Coefficient:
-    integral = jax.nn.softplus(-float_time(log_snr)).astype(self.rises.dtype)
-    nodes = jnp.linspace(0.0, 1.0, self.rises.size + 1, dtype=self.rises.dtype)
-    return jnp.interp(integral, -self.log_alpha_squared, nodes, right="extrapolate")
+    integral = jax.nn.softplus(-float_time(log_snr))
+    nodes = jnp.linspace(0.0, 1.0, self.rises.size + 1, dtype=integral.dtype)
+    return jnp.interp(integral, -self.log_alpha_squared.astype(integral.dtype), nodes, right="extrapolate")
 
   def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State:
     return VP().prior_sample(key, shape)

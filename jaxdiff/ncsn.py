@@ -158,9 +158,10 @@ class ChainSDE:
     return jnp.ones_like(sigma), sigma
 
   def time_of_log_snr(self, log_snr: Time) -> Coefficient:
-    log_sigma = -0.5 * float_time(log_snr).astype(self.rises.dtype)
-    nodes = jnp.linspace(0.0, 1.0, self.log_sigmas.size, dtype=self.rises.dtype)
-    return jnp.interp(log_sigma, self.log_sigmas, nodes, left="extrapolate", right="extrapolate")
+    log_sigma = -0.5 * float_time(log_snr)
+    nodes = jnp.linspace(0.0, 1.0, self.log_sigmas.size, dtype=log_sigma.dtype)
+    known = self.log_sigmas.astype(log_sigma.dtype)
+    return jnp.interp(log_sigma, known, nodes, left="extrapolate", right="extrapolate")
 
   def _limit(self) -> VE:
     return VE(jnp.exp(self.log_sigmas[0]), jnp.exp(self.log_sigmas[-1]))

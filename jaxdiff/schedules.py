@@ -164,24 +164,25 @@ def slope(f: Callable[[Array], Array], t: Float[Array, "..."]) -> tuple[Float[Ar
 def invert(
   rising: Callable[[Array], Array], value: Float[Array, "..."], low: Scalar, high: Scalar
 ) -> Float[Array, "..."]:
-  """Where an elementwise increasing function takes this value, within [low, high]: bisection to the last digit.
+  """Where an elementwise increasing function takes this value, within [low, high], 0 <= low: to the last digit.
 
-  Differentiable in the value and in whatever `rising` depends on: one Newton step from the root carries the derivative.
+  Bisection over the floating point numbers themselves, whose bits are in their order, so that roots near 0 have all
+  their digits. Differentiable in the value and in whatever `rising` depends on, by the implicit function theorem.
   """
-  bits = jnp.finfo(value.dtype).nmant + 4
-  start = jnp.full_like(value, low), jnp.full_like(value, high)
+  integer = jnp.int64 if value.dtype == jnp.float64 else jnp.int32
+  number = lambda bits: jax.lax.bitcast_convert_type(bits, value.dtype)
+  start = tuple(jax.lax.bitcast_convert_type(jnp.full_like(value, end), integer) for end in (low, high))
 
   def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     left, right = ends
-    middle = 0.5 * (left + right)
-    below = rising(middle) < value
+    middle = left + (right - left) // 2
+    below = rising(number(middle)) < value
     return jnp.where(below, middle, left), jnp.where(below, right, middle)
 
-  left, right = jax.lax.stop_gradient(jax.lax.fori_loop(0, bits, halve, start))
-  root = 0.5 * (left + right)
-  reached, rate = slope(rising, root)
-  newton = root + (value - reached) / jax.lax.stop_gradient(rate)
-  return jnp.clip(jnp.where(rate > 0, newton, root), low, high)
+  root = jax.lax.stop_gradient(number(jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, start)[1]))
+  missing, rate = slope(lambda t: value - rising(t), root)
+  derivative = (missing - jax.lax.stop_gradient(missing)) / jnp.where(rate < 0, -jax.lax.stop_gradient(rate), jnp.inf)
+  return root + jnp.where(jnp.isfinite(missing), derivative, 0.0)
 
 
 def table_entry(table: Float[Array, " n"], step: Step) -> Float[Array, "..."]:
@@ -212,6 +213,7 @@ def piecewise_linear(
   Returns:
     (value, slope), each of the shape of t. At a node the slope is that of the piece before it.
   """
+  nodes, rises = nodes.astype(t.dtype), rises.astype(t.dtype)
   position = t * rises.size
   piece = jnp.clip(jnp.ceil(position) - 1, 0, rises.size - 1)
   index = piece.astype(jnp.int32)
@@ -244,6 +246,9 @@ def _derived_time(sde: Any, noise_to_signal: float) -> Float[Array, ""]:
       f"the process never gets to sigma / alpha = {noise_to_signal} before its last time, t1 = {sde.t1}: give it more "
       f"noise, or pass t0; got {sde}"
     )
+  silent = sde.marginal(time)[1] <= 0
+  if _is_number(silent) and silent:
+    raise ValueError(f"the noise of the process starts too steeply to have a smallest time: pass t0; got {sde}")
   return time
 
 

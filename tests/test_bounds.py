@@ -9,7 +9,13 @@ from oracles import SDES, Gaussian
 import jaxdiff as jd
 from jaxdiff.losses import bounds, times
 
-EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+ALL = SDES | {
+  "learned": jd.VariancePreserving(jd.schedules.Gamma(-9.0, 6.0, jd.schedules.monotone_network(4))),
+  "linear": jd.LinearSDE(lambda t: -5 * t, lambda t: jnp.sqrt(10 * t + 0.5)),
+  "ddpm": jd.ddpm.Chain(jd.ddpm.cosine_betas(12)).sde(),
+  "ncsn": jd.ncsn.Chain(jd.ncsn.geometric_sigmas(5, 0.01, 20.0)).sde(),
+}
+EACH_SDE = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
 DATA = Gaussian(np.array([0.5, -0.4]), np.array([0.4, 0.9]))
 PROBABILITIES = np.array([0.6, 0.3, 0.1])
 
@@ -104,6 +110,21 @@ def test_the_prior_cost_is_the_closed_form_without_variance(scale, x64):
   for seed in range(3):
     keys = jd.example_keys(jax.random.key(seed), 0, 3)
     np.testing.assert_allclose(bounds.prior_cost(keys, x0, alpha, sigma, prior), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_the_prior_of_half_precision_data_is_computed_in_full(dtype):
+  """3072 dimensions: against the same data in float32, to 1e-6 bits a dimension."""
+  x = jnp.linspace(-1, 1, 3072)[None].astype(dtype)
+  costs = lambda x: jd.losses.bound(jd.VP(), time=times.uniform(False))(jax.random.key(0), x, lambda x, t: x)[1]
+  np.testing.assert_allclose(costs(x)["prior"], costs(x.astype(jnp.float32))["prior"], atol=1e-6)
+
+
+def test_a_plateau_of_the_schedule_is_no_nan():
+  """gamma' underflows near t = 0: no time is drawn there, or one of no weight."""
+  sde = jd.VariancePreserving(jd.schedules.Gamma(-6.0, 5.0, jax.tree_util.Partial(lambda t: t**8)))
+  x, u = jnp.zeros((4, 2)), jnp.asarray([0.0, 1e-9, 1e-8, 1e-3])
+  assert jnp.all(jnp.isfinite(jd.losses.bound(sde)(jax.random.key(0), x, lambda x, t: x, u=u)[0]))
 
 
 def test_averaging_keeps_the_mean_and_lowers_the_spread():

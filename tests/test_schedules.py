@@ -82,3 +82,8 @@ def test_invert_finds_the_root_and_its_derivative(value, x64):
 def test_invert_is_clipped_to_the_interval():
   values = jnp.asarray([-1.0, 3.0])
   np.testing.assert_array_equal(schedules.invert(lambda t: t, values, 0.0, 2.0), [0.0, 2.0])
+
+
+def test_invert_has_all_digits_of_roots_near_zero():
+  root = 10.0 ** -jnp.arange(1.0, 30.0, 4.0)
+  np.testing.assert_allclose(schedules.invert(jnp.log, jnp.log(root), 0.0, 1.0), root, rtol=1e-5)

@@ -216,6 +216,28 @@ def test_learned_ends_follow_the_bound(x64):
     np.testing.assert_allclose(gradient[i], (plus - minus) / 2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: lambda v: jax.lax.map(f, v[None])[0]])
+def test_the_gradient_survives_transformations_inside_it(wrap):
+  """With what a network may capture: parameters, integer labels, a random key."""
+  x, labels, u = DATA.sample(jax.random.key(1), 4), jnp.arange(4), jnp.linspace(0.1, 0.9, 4)
+
+  def gradient(mode, wrap):
+    def total(tilt, dropout):
+      interior = monotone_network(2)
+
+      def network(x, t, label):
+        keep = jax.random.bernoulli(dropout, 0.5, x.shape).astype(x.dtype)
+        return tilt * keep * jnp.tanh(x) * label[:, None].astype(x.dtype)
+
+      loss = jd.losses.vdm(Gamma(-6.0, 4.0, interior), interior=mode)
+      run = wrap(lambda x: loss(jax.random.key(0), x, network, {"label": labels}, u=u)[0].mean())
+      return run(x)
+
+    return jax.jit(jax.grad(total))(jnp.float32(0.7), jax.random.key(3))
+
+  np.testing.assert_allclose(gradient("variance", wrap), gradient("bound", lambda f: f), rtol=1e-5)
+
+
 def test_conditions_half_precision_and_single_examples():
   gamma = Gamma(-6.0, 4.0, monotone_network(4))
   loss = jd.losses.vdm(gamma, levels=17, stratified=False)

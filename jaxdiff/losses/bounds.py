@@ -8,8 +8,8 @@ for every process, with expectations over x_t = alpha x + sigma eps. The diffusi
 of its reverse SDE; it is estimated at one time an example. Conditions make it a bound on -log p(x | c).
 
 References:
-  Kingma et al. 2021, Variational Diffusion Models, Section 3.4 and Appendix E; Song et al. 2021, Maximum Likelihood
-  Training of Score-Based Diffusion Models, Theorem 1; Huang et al. 2021, A Variational Perspective on Diffusion-Based
+  Kingma et al. 2021, Variational Diffusion Models, Section 3.5 and Appendix E; Song et al. 2021, Maximum Likelihood
+  Training of Score-Based Diffusion Models, Theorem 3; Huang et al. 2021, A Variational Perspective on Diffusion-Based
   Generative Models, Section 3.
 """
 
@@ -26,7 +26,7 @@ from jaxdiff.losses import decoders, times, weights
 from jaxdiff.losses.score_matching import Loss, denoising
 from jaxdiff.predictions import Prediction, noise
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
-from jaxdiff.sde import ScalarSDE, expand
+from jaxdiff.sde import ScalarSDE
 from jaxdiff.typing import NO_COND, Cond, Keys, Network, Scalar, State
 
 Decoder = Callable[[Array, State], Float[Array, " b"]]
@@ -99,12 +99,12 @@ def averaged(loss: Loss, draws: int) -> Callable[..., tuple[Float[Array, " b"], 
   """A loss averaged over `draws` of its noise, with times spread evenly over the draws of each example: for evaluation.
 
   Args:
-    loss: `bound`, `vdm`, or any other.
+    loss: `bound`, `vdm`, or any other that takes u.
     draws: how many, each a network evaluation.
 
   Returns:
-    fn(key, x, network, cond={}) -> (mean [b], aux), aux averaged too, with "standard_error" [b] over the draws, which
-    the even spread makes too large rather than too small; NaN for one draw.
+    fn(key, x, network, cond={}) -> (mean [b], aux), aux averaged too, with "standard_error" [b] over the draws: as if
+    they were independent, which for a loss smooth in time is too large; NaN for one draw.
 
   Raises:
     ValueError: for draws below 1.
@@ -155,7 +155,8 @@ def prior_cost(
   A Gaussian log-density f is quadratic, so [f(z + sigma v) + f(z - sigma v)] / 2 = f(z) + sigma^2 v . (grad^2 f) v / 2
   and Rademacher v give the trace of a diagonal matrix exactly, of any other in the mean.
   """
-  mean, std = expand(alpha, x0) * x0, expand(sigma, x0)
+  x0 = x0.astype(sigma.dtype)
+  mean, std = alpha * x0, sigma
   v = jax.vmap(lambda key: jax.random.rademacher(key, x0.shape[1:], x0.dtype))(key)
   cross = -0.5 * (prior_log_prob(mean + std * v) + prior_log_prob(mean - std * v))
   return cross - x0[0].size * _gaussian_entropy(sigma)
@@ -174,7 +175,8 @@ def reconstruction_cost(
   """-log p(x | z) in nats at one z = alpha x0 + sigma eps; in closed form for continuous data without a decoder."""
   if levels is None and decoder is None:
     return jnp.full(len(x), x0[0].size * _gaussian_entropy(sigma / alpha))
-  z = expand(alpha, x0) * x0 + expand(sigma, x0) * keys.normal(key, x0.shape, x0.dtype)
+  x0 = x0.astype(sigma.dtype)
+  z = alpha * x0 + sigma * keys.normal(key, x0.shape, x0.dtype)
   if decoder is not None:
     return -decoder(x, z)
   assert levels is not None

@@ -62,7 +62,7 @@ def draw_steps(
   count = chain.steps - first + 1
   if u is None:
     u = times.draw(times.uniform(stratified), key, per_example, jnp.float32)
-  # float32 rounds the product up to `count` for the largest u.
+  # A u of 1, which others may hand on, belongs to the last step.
   return first + jnp.minimum(jnp.floor(u * count), count - 1).astype(jnp.int32)
 
 

@@ -3,7 +3,7 @@
     explicit     1/2 |s - target|^2                         a known score: distillation, tests              (1)
     implicit     1/2 |s|^2 + tr(grad s)                     no target: integration by parts                 (2)
     sliced       1/2 (v . s)^2 + v . (grad s) v             random v with E v v^T = I in place of the trace (3)
-      reduced    1/2 |s|^2 + v . (grad s) v                 the same mean, a lower variance
+      reduced    1/2 |s|^2 + v . (grad s) v                 the same mean, a lower variance near the score
     denoising    1/2 |s - grad log p(x_t | x_0)|^2          of data noised by a process                     (4)
 
 all summed over the dimensions. Up to constants that do not depend on s they have one mean, and the score minimizes
@@ -17,7 +17,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +213,12 @@ def implicit(
         f"x0 has {x[0].size} dimensions, and implicit takes as many derivatives of the network for every example: "
         f"use losses.sliced, or force=True to go beyond {_LARGEST_EXACT_DIMENSION}"
       )
-    value, estimate, _ = _score_and_trace(trace, key, x, t, score, cond)
+
+    def one(key: Array, x: Array, t: Array, cond: dict[str, Array]) -> tuple[Array, Array]:
+      batched = {name: value[None] for name, value in cond.items()}
+      return trace.estimate(lambda x: score(x[None], t[None], **batched)[0], x, None)
+
+    value, estimate = jax.vmap(one)(key, x, t, dict(cond))
     return 0.5 * jnp.sum(value**2, axis=range(1, x.ndim)) + estimate[:, 0]
 
   return _of_score(hyvarinen, sde, prediction, weight, time, t0, t)
@@ -253,30 +258,20 @@ def sliced(
     >>> loss(jax.random.key(0), jnp.ones((1, 3)), lambda x, t: -x)[0].tolist()
     [-1.5]
   """
-  trace = divergences.hutchinson(probes)
+  draw = divergences.hutchinson(probes).draw
 
   def slices(key: Array, x: State, t: Array, score: ScoreFn, cond: Cond) -> Float[Array, " b"]:
-    value, estimates, v = _score_and_trace(trace, key, x, t, score, cond)
+    v = jax.vmap(draw, out_axes=1)(key, x)
+    value, linear = jax.linearize(lambda x: score(x, t, **cond), x)
+    product = linear(v[0])[None] if probes == 1 else jax.vmap(linear)(v)
+    axes = range(2, v.ndim)
     if reduced:
       square = jnp.sum(value**2, axis=range(1, x.ndim))
     else:
-      square = jnp.mean(jnp.sum(v * value[:, None], axis=range(2, v.ndim)) ** 2, axis=1)
-    return 0.5 * square + jnp.mean(estimates, axis=1)
+      square = jnp.mean(jnp.sum(v * value[None], axis=axes) ** 2, axis=0)
+    return 0.5 * square + jnp.mean(jnp.sum(v * product, axis=axes), axis=0)
 
   return _of_score(slices, sde, prediction, weight, time, t0, t)
-
-
-def _score_and_trace(
-  divergence: divergences.Divergence, key: Array, x: State, t: Array, score: ScoreFn, cond: Cond
-) -> tuple[State, Float[Array, "b m"], Any]:
-  """The score, estimates of the trace of its Jacobian, and their probes, example by example."""
-
-  def one(key: Array, x: Array, t: Array, cond: dict[str, Array]) -> tuple[Array, Array, Any]:
-    batched = {name: value[None] for name, value in cond.items()}
-    probes = divergence.draw(key, x)
-    return *divergence.estimate(lambda x: score(x[None], t[None], **batched)[0], x, probes), probes
-
-  return jax.vmap(one)(key, x, t, dict(cond))
 
 
 def _of_score(

@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from jaxdiff import keys
+from jaxdiff.losses.weights import log_snr_rate
 from jaxdiff.sde import ScalarSDE, log_snr
 from jaxdiff.typing import Keys, Scalar
 
@@ -54,8 +55,7 @@ def importance(stratified: bool = True) -> Times:
   def place(sde: ScalarSDE, t0: Array, u: Array) -> tuple[Array, Array]:
     first, last = log_snr(sde, t0), log_snr(sde, jnp.asarray(sde.t1, t0.dtype))
     t = jnp.clip(sde.time_of_log_snr(first + u * (last - first)), t0, sde.t1)
-    rate = (sde.diffusion(t) / sde.marginal(t)[1]) ** 2
-    return t, (first - last) / (rate * (sde.t1 - t0))
+    return t, (first - last) / (sde.t1 - t0) / log_snr_rate(sde, t)
 
   return Times(place, stratified)
 

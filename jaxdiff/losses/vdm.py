@@ -6,15 +6,17 @@
 plus the prior's and the decoder's costs, see `bounds`. With a network that sees the noise level rather than the time,
 the mean of (1) depends on the two ends of gamma alone; the interior can then do something else: lower the variance of
 the estimate. Its gradient is that of the squared loss, 2 loss * d loss, formed in the one backward pass of the loss;
-the ends follow the bound.
+the ends follow the bound. This takes networks that treat their examples one by one, and reverse-mode derivatives.
 
 References:
-  Kingma et al. 2021, Variational Diffusion Models: eq. 17 (1), eq. 14 (2), Section 5.1 and Appendix I.2 (variance).
+  Kingma et al. 2021, Variational Diffusion Models: eq. 17 (1), eq. 14 (2), Section 5.1 (the interior does not matter),
+  Section 5.3 and Appendix I.2 (its variance does).
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -49,9 +51,9 @@ def vdm(
     prediction: what the network outputs; with `log_snr_time`, so that the network means the same under every schedule.
     levels: as in `bound`.
     data_range: as in `bound`.
-    steps: T, or None for continuous time.
-    interior: what the gradient of gamma.interior lowers: the "variance" of the loss, or the "bound" (which continuous
-      time leaves no slope for, but T steps do).
+    steps: T, up to about 10^4 in float32, or None for continuous time.
+    interior: what the gradient of gamma.interior lowers: the "variance" of the diffusion cost at one time (its mean
+      square, which for T steps is lowered by a lower mean, too), or the "bound" (no slope in continuous time).
     stratified: whether the times of a batch are spread evenly.
     decoder: as in `bound`.
 
@@ -88,13 +90,14 @@ def vdm(
     if u is None:
       u = times.draw(time, key, time_key, jnp.result_type(float))
     eps = keys.normal(noise_key, x0.shape, x0.dtype)
+    ends = tuple(jnp.asarray(end, u.dtype) for end in (gamma.minimum, gamma.maximum))
     start, end = of_gamma(gamma.between(jnp.zeros((), u.dtype))), of_gamma(gamma.between(jnp.ones((), u.dtype)))
     diffusion = _with_gradient_of_square if interior == "variance" else _plain
     cost = _diffusion_cost(network, prediction, cond, steps)
     t = u if steps is None else (1 + jnp.floor(u * steps)) / steps
     place = slope(gamma.interior, t) if steps is None else (gamma.interior(t), gamma.interior(t - 1 / steps))
     return bounds.total(
-      diffusion=diffusion(cost, place, (gamma.minimum, gamma.maximum), t, x0, eps),
+      diffusion=diffusion(cost, place, ends, t, x0, eps),
       prior=bounds.prior_cost(prior_key, x0, *end, prior),
       reconstruction=bounds.reconstruction_cost(decoder_key, x, x0, *start, levels, data_range, decoder),
       dimension=x0[0].size,
@@ -127,16 +130,15 @@ def _plain(f: Callable[..., Array], *args: Any) -> Array:
 def _with_gradient_of_square(f: Callable[..., Array], place: tuple[Array, Array], *rest: Any) -> Array:
   """f(place, *rest): [b], whose gradient is its own but for `place`, [b] each: there it is that of f^2.
 
-  What f captures, the parameters of the network, is made an argument, so that one backward pass serves all.
+  What f captures (parameters, conditions, keys) is made an argument, so that one backward pass serves all.
   """
-  converted, captured = jax.closure_convert(f, place, *rest)
+  captured, static = eqx.partition(eqx.filter_closure_convert(f, place, *rest), eqx.is_array)
 
-  @jax.custom_vjp
-  def value(place: Any, rest: Any, captured: Any) -> Array:
-    return converted(place, *rest, *captured)
+  def call(place: Any, rest: Any, captured: Any) -> Array:
+    return eqx.combine(captured, static)(place, *rest)
 
   def forward(place: Any, rest: Any, captured: Any) -> tuple[Array, Any]:
-    out, pull = jax.vjp(lambda *args: converted(args[0], *args[1], *args[2]), place, rest, captured)
+    out, pull = jax.vjp(call, place, rest, captured)
     return out, (out, pull)
 
   def backward(residual: Any, cotangent: Array) -> tuple[Any, Any, Any]:
@@ -144,5 +146,6 @@ def _with_gradient_of_square(f: Callable[..., Array], place: tuple[Array, Array]
     place, rest, captured = pull(cotangent)
     return jax.tree.map(lambda leaf: 2 * out * leaf, place), rest, captured
 
+  value = jax.custom_vjp(call)
   value.defvjp(forward, backward)
   return value(place, rest, captured)

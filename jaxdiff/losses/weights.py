@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jaxdiff.sde import ScalarSDE, log_snr
 
@@ -26,7 +27,12 @@ def likelihood() -> Weight:
   (t1 - t0) times the loss, in nats, bounds the negative log-likelihood up to a constant that does not depend on the
   network (Song et al. 2021b, Maximum Likelihood Training of Score-Based Diffusion Models, Corollary 1).
   """
-  return lambda sde, t: (sde.diffusion(t) / sde.marginal(t)[1]) ** 2
+  return lambda sde, t: log_snr_rate(sde, t)
+
+
+def log_snr_rate(sde: ScalarSDE, t: Float[Array, " b"]) -> Float[Array, " b"]:
+  """g^2 / sigma^2, which is -d(log-SNR)/dt; never 0, so that samplers of times may divide by it."""
+  return jnp.maximum((sde.diffusion(t) / sde.marginal(t)[1]) ** 2, 1e-30)
 
 
 def edm(sigma_data: float = 0.5) -> Weight:
