@@ -177,12 +177,12 @@ def call_at(
   sigma: Float[Array, " b"],
   cond: Any,
   parts: int = 1,
-) -> State:
+) -> Array:
   """`call_network` for alpha and sigma that are known already."""
   return checked_output(network(*prediction.precondition(x, t, alpha, sigma), **cond), x, parts)
 
 
-def checked_output(output: Any, x: State, parts: int = 1) -> State:
+def checked_output(output: Any, x: State, parts: int = 1) -> Array:
   """What a network returned for x, refused as `call_network` says; in the type of x."""
   if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.floating):
     raise TypeError(f"network must return a floating point array, got {getattr(output, 'dtype', type(output))}")

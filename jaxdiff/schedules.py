@@ -135,7 +135,7 @@ class Gamma:
   """
 
   minimum: Any = -13.3
-  maximum: Any = 5.0
+  maximum: Any = 6.0
   interior: Any = _STRAIGHT
 
   def __post_init__(self) -> None:

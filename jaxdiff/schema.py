@@ -37,7 +37,7 @@ def ncsn_chain(levels: int = 10, sigma_min: float = 0.01, sigma_max: float = 50.
 
 def variance_preserving(
   gamma_min: float = -13.3,
-  gamma_max: float = 5.0,
+  gamma_max: float = 6.0,
   interior: Literal["straight", "learned"] = "straight",
   learn_ends: bool = False,
   width: int = 32,

@@ -75,7 +75,7 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
 @pytest.mark.parametrize(
   ("path", "value", "message"),
   [
-    ("sde.type", "VPP", r"config.sde.type is 'VPP'; did you mean 'VP'\? valid: CosineVP, EDM, SubVP, VE, VP"),
+    ("sde.type", "VPP", r"config.sde.type is 'VPP'; did you mean 'VP'\? valid: CosineVP, DDPM, EDM, NCSN"),
     ("sde.beta_mim", 0.1, r"config.sde.beta_mim does not exist; did you mean 'beta_min'\?"),
     ("sde.beta_max", -9.0, r"config.sde: VP needs .* 0 <= beta_min <= beta_max"),
     ("sampel", {}, r"config.sampel does not exist; did you mean 'sample'\?"),
@@ -210,3 +210,108 @@ def test_objective_dequantizes_flips_and_drops(toy):
   assert jnp.all(plain != dropped)
   with pytest.raises(ConfigError, match="random_flip mirrors images"):
     objectives.make_objective(changed(toy, "train.random_flip", True), from_arrays(np.zeros((4, 2), np.float32)))
+
+
+LOSSES = {
+  "denoising": ("VP", {}),
+  "implicit": ("VP", {}),
+  "sliced": ("VE", {"probes": 2, "reduced": True}),
+  "bound": ("EDM", {}),
+  "vdm": ("VariancePreserving", {"steps": 8}),
+  "ncsn": ("NCSN", {}),
+  "ddpm_simple": ("DDPM", {"first": 2}),
+  "ddpm_hybrid": ("DDPM", {}),
+  "ddpm_elbo": ("DDPM", {"variance": "beta_tilde"}),
+}
+
+
+def with_loss(toy, kind):
+  process, options = LOSSES[kind]
+  config = changed(toy, "sde", {"type": process})
+  config["loss"] = {"type": kind, **options}
+  config["prediction"] = {"type": "noise", "log_snr_time": True}
+  return config
+
+
+def test_every_loss_of_the_tables_is_tried():
+  assert LOSSES.keys() == schema.LOSSES.keys()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_loss_by_name(toy, kind):
+  """On continuous and on integer data; losses that know levels are given the integers, others dequantized data."""
+  config = with_loss(toy, kind)
+  if kind == "ddpm_hybrid":
+    config["network"] = {"type": "UNet", "channels": 8, "channel_multipliers": (1,), "blocks": 1, "parts": 2}
+  objectives.check(config)
+  shape = (4, 4, 1) if kind == "ddpm_hybrid" else (2,)
+  rng = np.random.default_rng(0)
+  for source in (
+    from_arrays(rng.normal(size=(8, *shape)).astype(np.float32)),
+    from_arrays(rng.integers(0, 5, (8, *shape)).astype(np.uint8), levels=5),
+  ):
+    values = objective_values(config, source, source.gather(np.arange(8))["x"])
+    assert values.shape == (8,)
+    assert jnp.all(jnp.isfinite(values))
+    params = factory.init_params(config, source)
+    x = jnp.asarray(source.gather(np.arange(8))["x"], jnp.float32)
+    assert factory.make_score(config)(params)(x, 0.5).shape == x.shape
+
+
+def test_a_learned_schedule_is_trained_and_used(toy):
+  """Its leaves have gradients; the process, the score and the bound are those of the trained schedule."""
+  config = with_loss(toy, "vdm")
+  config["sde"] |= {"interior": "learned", "learn_ends": True, "gamma_min": -6.0}
+  objectives.check(config)
+  source = from_arrays(np.random.default_rng(0).integers(0, 5, (8, 2)).astype(np.uint8), levels=5)
+  params = factory.init_params(config, source)
+  assert params.keys() == {"network", "gamma"}
+  objective, keys = objectives.make_objective(config, source), jd.example_keys(jax.random.key(0), 0, 8)
+  batch = {"x": jnp.asarray(source.gather(np.arange(8))["x"]), "u": jnp.linspace(0.0, 0.99, 8)}
+  gradient = jax.jit(jax.grad(lambda params: objective(params, keys, batch)[0].mean()))(params)
+  assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient["gamma"]))
+  moved = params | {"gamma": jax.tree.map(lambda leaf: leaf + 0.5, params["gamma"])}
+  assert factory.make_process(config, moved).gamma.minimum == -5.5
+  assert factory.make_process(config).gamma.minimum == -6.0
+  example, x = jd.example_keys(jax.random.key(0), 0, 4), batch["x"][:4]
+  for make in (objectives.make_log_likelihood, lambda *args: objectives.make_bound(*args, draws=4)):
+    values = [next(iter(make(config, p, source)(p, example, x).values())) for p in (params, moved)]
+    assert jnp.all(jnp.isfinite(values[0]) & (values[0] != values[1]))
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("sde", {"type": "VP"}, r"config.loss.type = 'vdm' needs config.sde.type = 'VariancePreserving', got 'VP'"),
+    ("prediction", {"type": "noise"}, "config.prediction.log_snr_time must be True"),
+    ("sde.gamma_min", 7.0, "config.sde: minimum must be below maximum, got gamma from 7.0 to 6.0"),
+    ("loss.steps", 0, "config.loss: steps must be at least 1"),
+  ],
+)
+def test_losses_name_what_they_need(toy, path, value, message):
+  with pytest.raises(ConfigError, match=message):
+    objectives.check(changed(with_loss(toy, "vdm"), path, value))
+
+
+def test_a_learned_schedule_needs_the_loss_that_trains_it(toy):
+  config = changed(with_loss(toy, "vdm"), "sde.interior", "learned")
+  config["loss"] = {"type": "denoising"}
+  with pytest.raises(ConfigError, match="learned parts, which config.loss.type = 'denoising' does not train"):
+    objectives.check(config)
+
+
+def test_the_bound_and_the_likelihood_of_integers_agree(toy):
+  """The exact score of N(0, I) makes the bound tight: in the mean the same bits per dimension, within 4 s.e."""
+  source = from_arrays(np.random.default_rng(0).integers(0, 4, (64, 2)).astype(np.uint8), levels=4)
+  config = changed(toy, "prediction", {"type": "score"})
+  config["network"] |= {"width": 8, "depth": 1}
+  params = factory.init_params(config, source)
+  example, x = jd.example_keys(jax.random.key(1), 0, 64), jnp.asarray(source.gather(np.arange(64))["x"])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(factory, "make_apply", lambda config: lambda params, x, t: -x)
+    flow = objectives.make_log_likelihood(config, params, source)
+    bound = objectives.make_bound(config, params, source, draws=256)
+    exact, estimate = jax.jit(flow)(params, example, x)["value"], jax.jit(bound)(params, example, x)["bound"]
+  difference = estimate - exact
+  assert abs(difference.mean()) < 4 * difference.std() / 8
+  assert difference.std() / 8 < 0.2
