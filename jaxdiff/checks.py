@@ -1,11 +1,13 @@
 """Errors for the mistakes that are easily made: a factory not called, an array of another length or type.
 
-All look at types and shapes only, so they cost nothing inside jit.
+All look at types and shapes only, so they cost nothing inside jit. `pytree` is for classes that check their own fields.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxdiff.typing import NO_COND
@@ -69,3 +71,24 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
       )
   if u is not None and jnp.shape(u) != (size,):
     raise ValueError(f"u must be one number per example, [{size}]; got shape {jnp.shape(u)}")
+
+
+def pytree(cls: Any, static: tuple[str, ...] = ()) -> Any:
+  """Make a dataclass a pytree whose `static` fields are structure, and which is rebuilt without its own checks.
+
+  `jax.tree_util.register_dataclass` would call the constructor, which must then take tracers, None and shapes.
+  """
+  data = tuple(field.name for field in fields(cls) if field.name not in static)
+
+  def flatten(made: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    children = [(jax.tree_util.GetAttrKey(name), getattr(made, name)) for name in data]
+    return children, tuple(getattr(made, name) for name in static)
+
+  def unflatten(structure: Any, children: Any) -> Any:
+    made = object.__new__(cls)
+    for name, value in zip(static + data, (*structure, *children), strict=True):
+      object.__setattr__(made, name, value)
+    return made
+
+  jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+  return cls

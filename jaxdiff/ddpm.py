@@ -24,7 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from jaxdiff import keys
+from jaxdiff import checks, keys
 from jaxdiff.schedules import float_time, piecewise_linear, table_entry
 from jaxdiff.sde import VP, expand
 from jaxdiff.typing import Keys, State, Step, Time
@@ -76,6 +76,7 @@ def _check_betas(betas: np.ndarray) -> None:
     )
 
 
+@checks.pytree
 @dataclass(frozen=True, eq=False, init=False)
 class Chain:
   """A chain of T noising steps; a pytree. Steps t are integers 0..T, scalar or `[b]`, and 0 is the data.
@@ -218,17 +219,7 @@ class Chain:
     return ChainSDE(self._log_alpha_squared, self._log_keep)
 
 
-def _unflatten_chain(_: None, leaves: tuple[Array]) -> Chain:
-  chain = object.__new__(Chain)
-  object.__setattr__(chain, "betas", leaves[0])
-  return chain
-
-
-# Not register_dataclass: it would validate tangents and placeholders as if they were betas.
-jax.tree_util.register_pytree_node(Chain, lambda chain: ((chain.betas,), None), _unflatten_chain)
-
-
-@jax.tree_util.register_dataclass
+@checks.pytree
 @dataclass(frozen=True, eq=False)
 class ChainSDE:
   """Variance preserving, log alpha^2 linear between the steps of a chain; made by `Chain.sde()`.

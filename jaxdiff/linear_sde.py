@@ -30,9 +30,9 @@ from jax import Array
 from jaxtyping import Float
 from numpy.polynomial import legendre
 
-from jaxdiff import keys, schedules
+from jaxdiff import checks, keys, schedules
 from jaxdiff.schedules import float_time
-from jaxdiff.sde import expand, pytree
+from jaxdiff.sde import expand
 from jaxdiff.sde import log_snr as log_snr_at
 from jaxdiff.typing import Keys, State, Time
 
@@ -111,7 +111,7 @@ def _times(t1: float) -> np.ndarray:
   return np.linspace(0.0, t1, _CELLS + 1).astype(np.float32).astype(np.float64)
 
 
-@functools.partial(pytree, static=("drift_coefficient", "diffusion_coefficient", "t1"))
+@functools.partial(checks.pytree, static=("drift_coefficient", "diffusion_coefficient", "t1"))
 @dataclass(frozen=True)
 class LinearSDE:
   """dx = f(t) x dt + g(t) dw for functions f and g of your own, smooth in time; the prior is N(0, sigma(t1)^2 I).

@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from jaxdiff import keys
+from jaxdiff import checks, keys
 from jaxdiff.schedules import float_time, piecewise_linear, table_entry
 from jaxdiff.sde import VE, expand
 from jaxdiff.typing import Keys, State, Step, Time
@@ -56,6 +56,7 @@ def _check_sigmas(sigmas: np.ndarray) -> None:
     )
 
 
+@checks.pytree
 @dataclass(frozen=True, eq=False, init=False)
 class Chain:
   """N noise levels; a pytree. Levels i are integers 0..N, scalar or `[b]`: 1 is the least noise, 0 the data.
@@ -117,17 +118,7 @@ class Chain:
     return ChainSDE(log_sigmas, jnp.diff(log_sigmas))
 
 
-def _unflatten_chain(_: None, leaves: tuple[Array]) -> Chain:
-  chain = object.__new__(Chain)
-  object.__setattr__(chain, "sigmas", leaves[0])
-  return chain
-
-
-# Not register_dataclass: it would validate tangents and placeholders as if they were noise levels.
-jax.tree_util.register_pytree_node(Chain, lambda chain: ((chain.sigmas,), None), _unflatten_chain)
-
-
-@jax.tree_util.register_dataclass
+@checks.pytree
 @dataclass(frozen=True, eq=False)
 class ChainSDE:
   """Variance exploding, log sigma linear between the levels of a chain; made by `Chain.sde()`.

@@ -56,7 +56,7 @@ def cosine_angle(log_snr: Time) -> Float[Array, "..."]:
   return jnp.arctan(jnp.exp(-0.5 * log_snr))
 
 
-@jax.tree_util.register_dataclass
+@checks.pytree
 @dataclass(frozen=True)
 class MonotoneNetwork:
   """An increasing function of time in [0, 1], from 0 to 1: a line and sigmoids, all with positive weights.
@@ -65,18 +65,12 @@ class MonotoneNetwork:
 
   Its leaves are what is trained: w, a and b through softplus, so that any values are valid. `monotone_network` makes
   one that is nearly straight.
-
-  Attributes:
-    slope: w, a scalar.
-    heights: a, `[k]`.
-    rates: b, `[k]`.
-    centers: c, `[k]`.
   """
 
-  slope: Any
-  heights: Any
-  rates: Any
-  centers: Any
+  slope: Float[Array, ""]
+  heights: Float[Array, " k"]
+  rates: Float[Array, " k"]
+  centers: Float[Array, " k"]
 
   def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
     slope, heights, rates, centers = (value.astype(t.dtype) for value in dataclasses.astuple(self))
@@ -107,7 +101,7 @@ def monotone_network(width: int = 32) -> MonotoneNetwork:
 _STRAIGHT = jax.tree_util.Partial(lambda t: t)
 
 
-@jax.tree_util.register_dataclass
+@checks.pytree
 @dataclass(frozen=True)
 class Gamma:
   """-log-SNR as a function of time in [0, 1]: `minimum` at 0, `maximum` at 1, both exactly, and an interior between.
@@ -134,9 +128,9 @@ class Gamma:
     Kingma et al. 2021, Variational Diffusion Models, Section 3.2 and Appendix H.
   """
 
-  minimum: Any = -13.3
-  maximum: Any = 6.0
-  interior: Any = _STRAIGHT
+  minimum: Scalar = -13.3
+  maximum: Scalar = 6.0
+  interior: Callable[[Array], Array] = _STRAIGHT
 
   def __post_init__(self) -> None:
     ends = self.minimum, self.maximum

@@ -20,7 +20,7 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -166,27 +166,6 @@ def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., 
   return drift, diffuse
 
 
-def pytree(cls: Any, static: tuple[str, ...] = ()) -> Any:
-  """Make a dataclass a pytree whose `static` fields are structure, and which is rebuilt without its own checks.
-
-  `jax.tree_util.register_dataclass` would call the constructor, which must then take tracers, None and shapes.
-  """
-  data = tuple(field.name for field in fields(cls) if field.name not in static)
-
-  def flatten(sde: Any) -> tuple[list[Any], tuple[Any, ...]]:
-    children = [(jax.tree_util.GetAttrKey(name), getattr(sde, name)) for name in data]
-    return children, tuple(getattr(sde, name) for name in static)
-
-  def unflatten(structure: Any, children: Any) -> Any:
-    sde = object.__new__(cls)
-    for name, value in zip(static + data, (*structure, *children), strict=True):
-      object.__setattr__(sde, name, value)
-    return sde
-
-  jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-  return cls
-
-
 def _check_numbers(sde: Any, rule: str, holds: Callable[..., bool]) -> None:
   """Refuse a process of Python numbers that break its rule; arrays and tracers pass."""
   numbers = vars(sde).values()
@@ -227,7 +206,7 @@ def _wide_prior_log_prob(sde: Any, z: State) -> Float[Array, " b"]:
   return _unit_prior_log_prob(sde, z / sde.sigma_max) - math.prod(z.shape[1:]) * jnp.log(sde.sigma_max)
 
 
-@pytree
+@checks.pytree
 @dataclass(frozen=True)
 class VP:
   """Variance preserving, beta linear in time: the continuous limit of DDPM."""
@@ -253,7 +232,7 @@ class VP:
     return schedules.linear_beta_time(jax.nn.softplus(-float_time(log_snr)), self.beta_min, self.beta_max)
 
 
-@pytree
+@checks.pytree
 @dataclass(frozen=True)
 class SubVP:
   """VP with less noise at every time: marginal variance (1 - exp(-B))^2, never above VP's."""
@@ -285,7 +264,7 @@ class SubVP:
     return schedules.linear_beta_time(integral, self.beta_min, self.beta_max)
 
 
-@pytree
+@checks.pytree
 @dataclass(frozen=True)
 class CosineVP:
   """Variance preserving with alpha = cos(theta t); theta is such that log-SNR ends at `log_snr_min`."""
@@ -320,7 +299,7 @@ class CosineVP:
     return schedules.cosine_angle(float_time(log_snr)) / self._theta
 
 
-@pytree
+@checks.pytree
 @dataclass(frozen=True)
 class VE:
   """Variance exploding, sigma geometric in time: the continuous limit of SMLD. At t = 0 sigma is sigma_min, not 0."""
@@ -350,7 +329,7 @@ class VE:
     return (-0.5 * float_time(log_snr) - jnp.log(self.sigma_min)) / self._log_ratio
 
 
-@pytree
+@checks.pytree
 @dataclass(frozen=True)
 class EDM:
   """Time is the noise level itself: sigma(t) = t, up to sigma_max."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
+from jaxdiff import flow
 
 MATRIX = jax.random.normal(jax.random.key(0), (5, 5))
 
@@ -66,3 +67,26 @@ def test_bad_arguments_are_refused(untyped):
     jd.divergence.hutchinson(0)
   with pytest.raises(ValueError, match="noise must be 'rademacher' or 'gaussian', got 'cauchy'"):
     jd.divergence.hutchinson(1, "cauchy")
+
+
+def test_a_residual_flow_tends_to_the_continuous_change_of_variables(x64):
+  """One block x + h f(x) is one Euler step; sum log|det(I + h J)| tends to the integral of tr J, at first order."""
+  f = lambda x: jnp.tanh(MATRIX.astype(x.dtype)[:3, :3] @ x)
+  x0, trace = jnp.asarray([0.3, -0.5, 0.8]), jd.divergence.exact()
+
+  def residual(blocks):
+    def block(carry, _):
+      x, log_det = carry
+      jacobian = jnp.eye(3) + jax.jacfwd(f)(x) / blocks
+      return (x + f(x) / blocks, log_det + jnp.linalg.slogdet(jacobian)[1]), None
+
+    return jax.lax.scan(block, (x0, jnp.zeros(())), length=blocks)[0]
+
+  field = lambda t, y: (f(y[0]), trace.estimate(f, y[0], None)[1][0])
+  zero, one = jnp.zeros(()), jnp.ones(())
+  (x1, integral), _, status = flow.solve(field, (x0, zero), zero, one, one / 10, 1e-10, 1e-10)
+  assert status.code == 0
+  counts = [50, 100, 200, 400]
+  errors = np.asarray([[np.linalg.norm(x - x1), abs(d - integral)] for x, d in map(residual, counts)])
+  np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), 1, atol=0.05)
+  assert np.all(errors[-1] < 1e-2)
