@@ -49,6 +49,7 @@ format: $(STAMP)  ## Format the code.
 
 benchmark: $(STAMP)  ## Measure the overhead over bare network evaluations (on an idle machine).
 	$(BIN)/python experiments/benchmarks/overhead.py
+	$(BIN)/python experiments/benchmarks/objectives.py
 
 clean:  ## Remove the environment, the caches and the runs.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache runs

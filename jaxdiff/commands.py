@@ -140,7 +140,7 @@ def likelihood(config: Config, workdir: Path) -> None:
   if not failed:
     rows["model"] = baselines.mean_and_error(values["value"])
   if "bound" in values:
-    rows["model, bound"] = baselines.mean_and_error(values["bound"])
+    rows["model, variational bound"] = baselines.mean_and_error(values["bound"])
   unit = "nats" if held_out.levels is None else "bits/dim"
   report = {
     "unit": f"log-density, {unit}" if held_out.levels is None else unit,

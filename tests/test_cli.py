@@ -119,10 +119,11 @@ def test_likelihood_reports_mean_error_and_settings(trained, capsys):
   assert f"{result['mean']:8.4f}" in out
 
 
-def test_images_from_raw_digits_to_bits(tmp_path, capsys):
-  """The digits config with a tiny network and few steps: PNG grids, and the table with its baselines."""
+@pytest.mark.parametrize("config", ["digits", "vdm_digits"])
+def test_images_from_raw_digits_to_bits(config, tmp_path, capsys):
+  """A digits config with a tiny network and few steps: PNG grids, and the table with its baselines."""
   arguments = [
-    f"--config={ROOT / 'configs' / 'digits.py'}",
+    f"--config={ROOT / 'configs' / config}.py",
     "--config.network.channels=8",
     "--config.network.channel_multipliers=(1,)",
     "--config.train.steps=3",
@@ -134,6 +135,7 @@ def test_images_from_raw_digits_to_bits(tmp_path, capsys):
     "--config.likelihood.rtol=0.1",
     "--config.likelihood.atol=0.1",
     "--config.likelihood.batch_size=24",
+    "--config.likelihood.bound_draws=4",
     "--config.data.held_out=24",
   ]
   run("train", tmp_path, *arguments)
@@ -141,7 +143,9 @@ def test_images_from_raw_digits_to_bits(tmp_path, capsys):
   run("likelihood", tmp_path)
   assert Image.open(tmp_path / "samples.png").size == Image.open(tmp_path / "samples.png").size[::-1]
   results = json.loads((tmp_path / "likelihood.json").read_text())["results"]
-  assert list(results) == ["uniform", "per-pixel histogram", "full-covariance Gaussian", "model"]
+  models = ["model", "model, variational bound"]
+  assert list(results) == ["uniform", "per-pixel histogram", "full-covariance Gaussian", *models]
+  assert all(np.isfinite(results[name]["mean"]) for name in models)
   assert results["uniform"]["mean"] == pytest.approx(np.log2(17))
   out = capsys.readouterr().out
   for name in ("checkpoints", "samples.png", "denoising.png", "loss.png", "likelihood.json", "config.json"):
