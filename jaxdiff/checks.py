@@ -41,6 +41,34 @@ def made(name: str, value: Any, kind: Any = object) -> None:
     raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}")
 
 
+def whole(name: str, value: Any, least: int, meaning: str = "") -> None:
+  """Refuse what is no integer, and integers below the least.
+
+  Raises:
+    TypeError: naming the argument, for another type.
+    ValueError: for a smaller number.
+  """
+  what = f", {meaning};" if meaning else ","
+  if not hasattr(value, "__index__") or isinstance(value, bool):
+    raise TypeError(f"{name} must be an integer{what} got {value!r}")
+  if value < least:
+    raise ValueError(f"{name} must be at least {least}{what} got {value}")
+
+
+def levels(value: Any, data_range: tuple[float, float]) -> None:
+  """Refuse levels that are no integer or below 2, and an empty data range."""
+  whole("levels", value, 2, "the number of values an integer of the data can take")
+  if not data_range[0] < data_range[1]:
+    raise ValueError(f"data_range must be (low, high) with low < high, got {data_range}")
+
+
+def per_example(name: str, value: Any, size: int) -> Any:
+  """What a function of the user's returned, refused unless it is one number per example."""
+  if jnp.shape(value) != (size,):
+    raise ValueError(f"{name} must return one number per example, [{size}]; got shape {jnp.shape(value)}")
+  return value
+
+
 def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
   """Refuse a state that is no batch of floating point numbers, and conditions or u of another batch.
 
@@ -71,6 +99,15 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
       )
   if u is not None and jnp.shape(u) != (size,):
     raise ValueError(f"u must be one number per example, [{size}]; got shape {jnp.shape(u)}")
+
+
+def callable_pytree(name: str, value: Any) -> None:
+  """Refuse functions that cannot pass through jit as an argument, and what is no function."""
+  made(name, value)
+  if not callable(value):
+    raise TypeError(f"{name} must be a function of time, got {type(value).__name__}")
+  if jax.tree_util.all_leaves([value]):
+    raise TypeError(f"{name} must be a pytree, so that it may pass through jit: wrap it, jax.tree_util.Partial(f)")
 
 
 def pytree(cls: Any, static: tuple[str, ...] = ()) -> Any:

@@ -32,19 +32,21 @@ from jaxdiff.typing import Keys, State, Step, Time
 Coefficient = Float[Array, "..."]
 
 
-def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[Array, " {steps}"]:
+def linear_betas(steps: int = 1000, first: float | None = None, last: float | None = None) -> Float[Array, " {steps}"]:
   """beta evenly spaced from `first` to `last`.
 
-  The defaults belong together: a chain of fewer steps needs larger betas, about 1000 / steps times these.
+  By default 0.1 / steps and 20 / steps: the paper's 1e-4 and 0.02 for 1000 steps, and as much noise in all for others.
+  Fewer than 21 steps need values of their own.
 
   Raises:
     ValueError: for steps below 1.
+    TypeError: for steps that are no integer.
 
   References:
     Ho et al. 2020, Section 4.
   """
-  if steps < 1:
-    raise ValueError(f"steps must be at least 1, got {steps}")
+  checks.whole("steps", steps, 1)
+  first, last = 0.1 / steps if first is None else first, 20 / steps if last is None else last
   return jnp.asarray(np.linspace(first, last, steps), jnp.result_type(float))
 
 
@@ -57,8 +59,7 @@ def cosine_betas(steps: int, offset: float = 0.008, largest: float = 0.999) -> F
   References:
     Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, eq. 17.
   """
-  if steps < 1:
-    raise ValueError(f"steps must be at least 1, got {steps}")
+  checks.whole("steps", steps, 1)
   angle = 0.5 * np.pi * (np.arange(steps + 1) / steps + offset) / (1 + offset)
   betas = 1 - (np.cos(angle[1:]) / np.cos(angle[:-1])) ** 2
   return jnp.asarray(np.minimum(betas, largest), jnp.result_type(float))
@@ -119,6 +120,8 @@ class Chain:
     return jnp.concatenate([jnp.zeros_like(self.betas[:1]), jnp.cumsum(self._log_keep)])
 
   def _beta(self, t: Step) -> Coefficient:
+    if isinstance(t, int) and t == 0:
+      raise ValueError(f"a reverse step must start at 1..{self.steps}: 0 is the data")
     return table_entry(jnp.concatenate([jnp.full_like(self.betas[:1], jnp.nan), self.betas]), t)
 
   def marginal(self, t: Step) -> tuple[Coefficient, Coefficient]:
@@ -169,6 +172,7 @@ class Chain:
     References:
       Nichol & Dhariwal 2021, eq. 15; the replacement at t = 1 is that of their published code.
     """
+    v = jnp.asarray(v, self.betas.dtype)
     low = self.variance("beta_tilde", jnp.maximum(t, 2)) if self.steps > 1 else self._beta(t)
     low = jnp.where(jnp.asarray(t) < 1, jnp.nan, low)
     log_high, log_low = (expand(jnp.log(value), v) for value in (self._beta(t), low))
@@ -211,7 +215,10 @@ class Chain:
     return jnp.asarray(t).astype(self.betas.dtype) / self.steps
 
   def index(self, time: Time) -> Int[Array, "..."]:
-    """The step nearest to a time in [0, 1], int32: for a network that takes the number of the step."""
+    """The step nearest to a time in [0, 1], int32: for a network that takes the number of the step.
+
+    The time that a network is given is that of the chain, unless the prediction is `edm` or has `log_snr_time`.
+    """
     return jnp.round(float_time(time) * self.steps).astype(jnp.int32)
 
   def sde(self) -> "ChainSDE":

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
@@ -123,15 +122,6 @@ def log_prob(
   return fn
 
 
-def _check_levels(levels: int, data_range: tuple[float, float]) -> None:
-  if not isinstance(levels, int | np.integer):
-    raise TypeError(f"levels must be an integer, the number of values an integer of the data can take; got {levels!r}")
-  if levels < 2:
-    raise ValueError(f"levels must be at least 2, the number of values an integer of the data can take; got {levels}")
-  if not data_range[0] < data_range[1]:
-    raise ValueError(f"data_range must be (low, high) with low < high, got {data_range}")
-
-
 def dequantize(
   key: Keys, x: Integer[Array, "b *d"], levels: int, data_range: tuple[float, float] = (-1.0, 1.0)
 ) -> Float[Array, "b *d"]:
@@ -150,7 +140,7 @@ def dequantize(
     TypeError: for data or levels that are not integers.
     ValueError: for levels below 2.
   """
-  _check_levels(levels, data_range)
+  checks.levels(levels, data_range)
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise TypeError(
       f"x must be integers 0..{levels - 1}, got {x.dtype}. Bits per dimension belong to integer data: pass the raw "
@@ -165,7 +155,7 @@ def nats_to_bits_per_dim(
   log_prob: Float[Array, " b"], dimension: int, levels: int, data_range: tuple[float, float] = (-1.0, 1.0)
 ) -> Float[Array, " b"]:
   """Bits per dimension of integers from the log-density, in nats, of their dequantized values in data_range."""
-  _check_levels(levels, data_range)
+  checks.levels(levels, data_range)
   low, high = data_range
   return -log_prob / (dimension * math.log(2)) + math.log2(levels / (high - low))
 
@@ -196,7 +186,7 @@ def bits_per_dim(
     (1,)
   """
   checks.made("log_prob", log_prob)
-  _check_levels(levels, data_range)
+  checks.levels(levels, data_range)
 
   def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:
     dequantize_key, probe_key = keys.split(keys.per_example(key, len(x)))
@@ -226,7 +216,7 @@ def variational_bits_per_dim(
     log_prob: what `likelihood.log_prob` returned for this process and this t0.
     levels: how many values an integer of the data can take.
     data_range: (low, high), where the integers go, each to the centre of its cell.
-    t0: where `log_prob` starts; None for the time at which sigma / alpha = 1e-3.
+    t0: the t0 that `log_prob` was made with, or None where it had none: with another the result is no bound.
 
   Returns:
     fn(key, x: integers [b, *d], score, cond={}) -> BitsPerDim; one draw of the noise, from example keys.
@@ -235,7 +225,7 @@ def variational_bits_per_dim(
     ValueError: for levels below 2, a t0 outside [0, t1).
     TypeError: when called with data that are not integers.
   """
-  _check_levels(levels, data_range)
+  checks.levels(levels, data_range)
   start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:

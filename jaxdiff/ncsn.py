@@ -109,7 +109,10 @@ class Chain:
     return (jnp.asarray(i).astype(self.sigmas.dtype) - 1) / (self.steps - 1)
 
   def index(self, time: Time) -> Int[Array, "..."]:
-    """The level nearest to a time in [0, 1], int32 in 1..N: for a network that takes the number of the level."""
+    """The level nearest to a time in [0, 1], int32 in 1..N: for a network that takes the number of the level.
+
+    The time that a network is given is that of the chain, unless the prediction is `edm` or has `log_snr_time`.
+    """
     return jnp.round(float_time(time) * (self.steps - 1)).astype(jnp.int32) + 1
 
   def sde(self) -> "ChainSDE":

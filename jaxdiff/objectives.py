@@ -42,6 +42,9 @@ def make_loss(config: Config, source: Source | None = None, params: Any = None) 
   prediction = config["prediction"]
   if kind == "vdm" and prediction["type"] != "edm" and not prediction.get("log_snr_time"):
     raise ConfigError("config.prediction.log_snr_time must be True for the loss 'vdm', whose times have no meaning")
+  parts = 2 if kind == "ddpm_hybrid" or section.get("variance") == "learned" else 1
+  if getattr(factory.make_network(config), "parts", 1) != parts:
+    raise ConfigError(f"config.network.parts must be {parts} for config.loss.type = {kind!r}: set it, with a UNet")
   given: dict[str, Any] = {"prediction": factory.make_prediction(config), "levels": _levels(config, source)}
   if "gamma" in _takes(config):
     given["gamma"] = factory.make_process(config, params).gamma

@@ -270,6 +270,10 @@ def score_of(log_density: Callable[..., Array]) -> Network:
     [[-1.0, -1.0]]
   """
 
+  checks.made("log_density", log_density)
+  if not callable(log_density):
+    raise TypeError(f"log_density must be a function (x, t, **cond) -> [b], got {type(log_density).__name__}")
+
   def network(x: State, t: Time, /, **cond: Array) -> State:
     def total(x: State) -> Array:
       value = log_density(x, t, **cond)

@@ -92,8 +92,7 @@ def monotone_network(width: int = 32) -> MonotoneNetwork:
   Raises:
     ValueError: for a width below 1.
   """
-  if width < 1:
-    raise ValueError(f"width must be at least 1, the number of sigmoids; got {width}")
+  checks.whole("width", width, 1, "the number of sigmoids")
   centers = jnp.linspace(0.5 / width, 1 - 0.5 / width, width)
   return MonotoneNetwork(jnp.ones(()), jnp.full(width, -math.log(width) - 2.0), jnp.full(width, 10.0), centers)
 
@@ -116,7 +115,8 @@ class Gamma:
       `jax.tree_util.Partial(f)` for a function of yours. Straight by default.
 
   Raises:
-    ValueError: unless minimum < maximum.
+    ValueError: unless minimum < maximum, and the interior rises from 0 to 1.
+    TypeError: for an interior that is no callable pytree.
 
   Example:
     >>> import jax.numpy as jnp, jaxdiff as jd
@@ -136,6 +136,12 @@ class Gamma:
     ends = self.minimum, self.maximum
     if all(isinstance(end, float | int) for end in ends) and not ends[0] < ends[1]:
       raise ValueError(f"minimum must be below maximum, got gamma from {ends[0]} to {ends[1]}")
+    checks.callable_pytree("interior", self.interior)
+    with jax.ensure_compile_time_eval():
+      value = self.interior(jnp.linspace(0.0, 1.0, 9))
+      wrong = (jnp.abs(value[0]) > 1e-4) | (jnp.abs(value[-1] - 1) > 1e-4) | jnp.any(jnp.diff(value) < 0)
+    if _is_number(wrong) and wrong:
+      raise ValueError(f"interior must rise from 0 at t = 0 to 1 at t = 1, got {value} on the way")
 
   def __call__(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
     return self.between(self.interior(t))

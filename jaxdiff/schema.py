@@ -27,7 +27,7 @@ def ddpm_chain(steps: int = 1000, schedule: Literal["linear", "cosine"] = "linea
   """The chain of DDPM; the linear betas of 1000 steps, or so many times larger as there are fewer."""
   if schedule == "cosine":
     return ddpm.Chain(ddpm.cosine_betas(steps))
-  return ddpm.Chain(ddpm.linear_betas(steps, 0.1 / steps, 20 / steps))
+  return ddpm.Chain(ddpm.linear_betas(steps))
 
 
 def ncsn_chain(levels: int = 10, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ncsn.Chain:

@@ -369,6 +369,9 @@ class VariancePreserving:
 
   gamma: Callable[[Array], Array]
 
+  def __post_init__(self) -> None:
+    checks.callable_pytree("gamma", self.gamma)
+
   t1 = 1.0
   diffuse = _diffuse
   prior_sample, prior_log_prob = _unit_prior_sample, _unit_prior_log_prob

@@ -188,3 +188,25 @@ def test_bad_input_is_named(untyped):
     jd.losses.averaged(loss, 0)
   with pytest.raises(ValueError, match="stratified times need a batch of at least 2"):
     loss(jax.random.key(0), jnp.zeros((1, 3)), lambda x, t: x)
+  for time in (times.log_normal(), times.fixed(0.5)):
+    with pytest.raises(ValueError, match=r"time must be times.importance\(\) or uniform\(\).* no bound"):
+      jd.losses.bound(jd.VP(), time=time)
+  with pytest.raises(TypeError, match="levels must be an integer.*got 256.0"):
+    jd.losses.bound(jd.VP(), levels=256.0)
+  with pytest.raises(TypeError, match="draws must be an integer, got 2.5"):
+    jd.losses.averaged(loss, 2.5)
+  with pytest.raises(TypeError, match=r"loss is a factory: did you forget to call it: bounds.bound\(\)"):
+    jd.losses.averaged(jd.losses.bound, 4)
+  with pytest.raises(TypeError, match=r"sde is a class: did you forget to call it: VP\(\)"):
+    jd.losses.bound(jd.VP)
+  summed = jd.losses.bound(jd.VP(), prior_log_prob=lambda z: jnp.sum(z))
+  with pytest.raises(ValueError, match=r"prior_log_prob must return one number per example, \[2\]; got shape \(\)"):
+    summed(jax.random.key(0), jnp.zeros((2, 3)), lambda x, t: x)
+  with pytest.raises(ValueError, match=r"the fixed time must lie in \(0, t1\] = \(0, 1.0\], got 2.0"):
+    jd.losses.denoising(jd.VP(), jd.predictions.noise(), time=times.fixed(2.0))(
+      jax.random.key(0), jnp.zeros((2, 3)), lambda x, t: x
+    )
+  with pytest.raises(TypeError, match="chain must be a Chain, got VP, which lacks"):
+    jd.losses.ddpm_simple(jd.VP())
+  with pytest.raises(TypeError, match="x0 must be floating point, got uint8"):
+    jd.losses.implicit()(jax.random.key(0), jnp.zeros((2, 3), jnp.uint8), lambda x, t: x)

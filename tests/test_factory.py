@@ -293,6 +293,11 @@ def test_losses_name_what_they_need(toy, path, value, message):
     objectives.check(changed(with_loss(toy, "vdm"), path, value))
 
 
+def test_learned_variances_need_twice_the_channels(toy):
+  with pytest.raises(ConfigError, match="config.network.parts must be 2 for config.loss.type = 'ddpm_hybrid'"):
+    objectives.check(with_loss(toy, "ddpm_hybrid"))
+
+
 def test_a_learned_schedule_needs_the_loss_that_trains_it(toy):
   config = changed(with_loss(toy, "vdm"), "sde.interior", "learned")
   config["loss"] = {"type": "denoising"}

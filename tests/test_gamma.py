@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 import jaxdiff as jd
 from jaxdiff.schedules import Gamma, monotone_network
+from jaxdiff.training import make_optimizer
 
 
 def wild(width=16):
@@ -114,6 +115,31 @@ def test_networks_see_the_noise_level_with_log_snr_time():
       t = sde.time_of_log_snr(jnp.float32(2.0))
       jd.score_fn(network, None, sde, prediction(log_snr_time=True))(jnp.ones((1, 2)), t)
     np.testing.assert_allclose(seen, -2.0 / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "muon"])
+@pytest.mark.standard_promotion
+def test_schedules_are_trained_by_any_optimizer(algorithm):
+  """Masks and placeholders of optimizers rebuild the pytree with leaves that are no numbers."""
+  params = {"gamma": Gamma(jnp.float32(-6.0), jnp.float32(4.0), monotone_network(4)), "w": jnp.ones((3, 3))}
+  optimizer = make_optimizer(1e-2, warmup_steps=0, total_steps=10, algorithm=algorithm, weight_decay=0.1)
+  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+  assert jax.tree.map(lambda _: False, Gamma()).minimum is False
+
+
+@pytest.mark.parametrize("interior", [Partial(lambda t: 1 - t), Partial(lambda t: t * t - t), Partial(lambda t: 2 * t)])
+def test_interiors_that_do_not_rise_from_0_to_1_are_refused(interior):
+  with pytest.raises(ValueError, match="interior must rise from 0 at t = 0 to 1 at t = 1, got"):
+    Gamma(interior=interior)
+
+
+def test_functions_that_jit_cannot_take_are_refused(untyped):
+  for name, make in (("interior", lambda f: Gamma(interior=f)), ("gamma", jd.VariancePreserving)):
+    with pytest.raises(TypeError, match=rf"{name} must be a pytree.*wrap it, jax.tree_util.Partial\(f\)"):
+      make(lambda t: t)
+    with pytest.raises(TypeError, match=rf"{name} is a factory: did you forget to call it: schedules.monotone_network"):
+      make(monotone_network)
 
 
 def test_bad_schedules_are_refused():

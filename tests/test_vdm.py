@@ -257,7 +257,7 @@ def test_bad_input_is_named(untyped):
     jd.losses.vdm(gamma, levels=1)
   with pytest.raises(ValueError, match="interior must be 'variance' or 'bound', got 'both'"):
     jd.losses.vdm(gamma, interior="both")
-  with pytest.raises(TypeError, match=r"gamma must be a schedules.Gamma.*see losses.bound"):
+  with pytest.raises(TypeError, match=r"gamma must be a schedules.Gamma.*losses.bound"):
     jd.losses.vdm(lambda t: t)
   with pytest.raises(ValueError, match="network must return an array of the shape of x"):
     jd.losses.vdm(gamma)(jax.random.key(0), jnp.ones((4, 3)), lambda x, t: x[:, :2])

@@ -1,4 +1,11 @@
-"""Training objectives: factories of `loss(key, x0, network, cond) -> (per-example [b], aux)`."""
+"""Training objectives: factories of `loss(key, x0, network, cond={}, u=None) -> (per-example [b], aux)`.
+
+score matching     denoising, explicit, implicit, sliced          of a process, or of data as they are
+discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain` and `ddpm.Chain`
+bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
+
+`averaged(loss, draws)` evaluates a loss; `weights` and `times` say where it looks; `decoders` are for integers.
+"""
 
 from jaxdiff.losses import decoders as decoders
 from jaxdiff.losses import times as times

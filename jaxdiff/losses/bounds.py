@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Key, Shaped
 
-from jaxdiff import keys
+from jaxdiff import checks, keys
 from jaxdiff.losses import decoders, times, weights
-from jaxdiff.losses.score_matching import Loss, denoising
+from jaxdiff.losses.score_matching import Loss, check_made, denoising
 from jaxdiff.predictions import Prediction, noise
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
 from jaxdiff.sde import ScalarSDE
@@ -62,7 +62,7 @@ def bound(
     per dimension: "diffusion", "prior", "reconstruction" and their sum "bits_per_dim".
 
   Raises:
-    ValueError: for levels below 2, a t0 outside [0, t1).
+    ValueError: for levels below 2, a t0 outside [0, t1), times without correction (`log_normal`, `fixed`).
     TypeError: when called with integers without `levels`, or with other data with them.
 
   Example:
@@ -72,6 +72,9 @@ def bound(
     >>> bool(abs(value.mean() - jnp.log(2 * jnp.pi)) < 0.5)
     True
   """
+  check_made(sde, prediction, weights.likelihood(), time)
+  if not time.unbiased:
+    raise ValueError("time must be times.importance() or uniform(): with others the mean of the loss is no bound")
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
   check_decoder(levels, data_range, decoder)
   match = denoising(sde, prediction, weights.likelihood(), time, first)
@@ -108,9 +111,10 @@ def averaged(loss: Loss, draws: int) -> Callable[..., tuple[Float[Array, " b"], 
 
   Raises:
     ValueError: for draws below 1.
+    TypeError: for draws that are no integer.
   """
-  if draws < 1:
-    raise ValueError(f"draws must be at least 1, got {draws}")
+  checks.whole("draws", draws, 1)
+  checks.made("loss", loss)
 
   def fn(
     key: Keys, x: Shaped[Array, "b *d"], network: Network, cond: Cond = NO_COND
@@ -130,8 +134,10 @@ def averaged(loss: Loss, draws: int) -> Callable[..., tuple[Float[Array, " b"], 
 
 def check_decoder(levels: int | None, data_range: tuple[float, float], decoder: Decoder | None) -> None:
   """Refuse levels and ranges that are none, before anything is computed."""
-  if levels is not None and decoder is None:
-    decoders.level_values(levels, data_range)
+  if levels is not None:
+    checks.levels(levels, data_range)
+  if decoder is not None and not callable(decoder):
+    raise TypeError(f"decoder must be a function (x, x_t0) -> [b], got {type(decoder).__name__}")
 
 
 def to_state(x: Shaped[Array, "b *d"], levels: int | None, data_range: tuple[float, float]) -> State:
@@ -158,7 +164,8 @@ def prior_cost(
   x0 = x0.astype(sigma.dtype)
   mean, std = alpha * x0, sigma
   v = jax.vmap(lambda key: jax.random.rademacher(key, x0.shape[1:], x0.dtype))(key)
-  cross = -0.5 * (prior_log_prob(mean + std * v) + prior_log_prob(mean - std * v))
+  both = (checks.per_example("prior_log_prob", prior_log_prob(mean + sign * v), len(x0)) for sign in (std, -std))
+  cross = -0.5 * sum(both)
   return cross - x0[0].size * _gaussian_entropy(sigma)
 
 
@@ -178,7 +185,7 @@ def reconstruction_cost(
   x0 = x0.astype(sigma.dtype)
   z = alpha * x0 + sigma * keys.normal(key, x0.shape, x0.dtype)
   if decoder is not None:
-    return -decoder(x, z)
+    return -checks.per_example("decoder", decoder(x, z), len(x))
   assert levels is not None
   return -decoders.nearest_level_log_prob(x, z, alpha, sigma, levels, data_range)
 

@@ -1,12 +1,12 @@
 """What the losses of discrete chains share: at which steps they look, and one network evaluation there."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from jaxdiff import keys
+from jaxdiff import checks, keys
 from jaxdiff.losses import times
 from jaxdiff.losses.score_matching import Loss
 from jaxdiff.predictions import Prediction, call_network, noise_factor
@@ -44,6 +44,12 @@ class Evaluation(NamedTuple):
   noise: Float[Array, "b *d"]
   error: Float[Array, "b *d"]
   rest: tuple[Float[Array, "b *d"], ...]
+
+
+def check_made(chain: Any, kind: Any, prediction: Any) -> None:
+  """Refuse what is no chain of this kind, and factories that were not called."""
+  checks.made("chain", chain, kind)
+  checks.made("prediction", prediction, Prediction)
 
 
 def check_floating(x0: Array) -> None:

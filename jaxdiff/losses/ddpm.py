@@ -23,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from jaxdiff import keys, predictions
+from jaxdiff import checks, keys, predictions
 from jaxdiff.ddpm import Chain
 from jaxdiff.losses import chain as chains
 from jaxdiff.losses import decoders
@@ -69,6 +69,7 @@ def ddpm_simple(
   References:
     Ho et al. 2020, eq. 14.
   """
+  chains.check_made(chain, Chain, prediction)
   if first not in (1, 2) or first > chain.steps:
     raise ValueError(f"first must be 1 or 2 and a step of the chain, which has {chain.steps}; got {first}")
   return chains.denoising(chain, prediction, first, stratified)
@@ -213,6 +214,9 @@ def ddpm_elbo(
   References:
     Ho et al. 2020, eq. 5 and 13; Nichol & Dhariwal 2021, eq. 15; Bao et al. 2022, Theorem 1.
   """
+  chains.check_made(chain, Chain, prediction)
+  if levels is not None:
+    checks.levels(levels, data_range)
   if variance not in ("beta", "beta_tilde", "optimal", "learned"):
     raise ValueError(f"variance must be 'beta', 'beta_tilde', 'optimal' or 'learned', got {variance!r}")
   if (variance == "optimal") != (data_variance is not None):
@@ -256,7 +260,8 @@ def ddpm_hybrid(
   """L_simple + weight * L_vlb, for a network that learns its variance: the bound moves the variance alone.
 
   The means enter the bound behind a stop-gradient, so they are trained by L_simple; both parts share one step and one
-  network evaluation. L_simple is half of the paper's, so its lambda = 1e-3 is weight = 5e-4.
+  network evaluation. L_simple is half of the paper's, so its lambda = 1e-3 is weight = 5e-4. To sample, give
+  `score_fn` the first half of the output: `lambda params, x, t: apply(params, x, t)[..., :channels]`.
 
   Args:
     chain: the chain.
@@ -277,6 +282,9 @@ def ddpm_hybrid(
   References:
     Nichol & Dhariwal 2021, eq. 15 and 16.
   """
+  chains.check_made(chain, Chain, prediction)
+  if levels is not None:
+    checks.levels(levels, data_range)
   if not weight > 0:
     raise ValueError(f"weight must be positive, or the variance is not trained; got {weight}")
   bound = _Bound(chain, prediction, "learned", 1.0, levels, data_range, None, None)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Integer
 
+from jaxdiff import checks
 from jaxdiff.typing import State
 
 Values = Float[Array, "..."]
@@ -32,16 +33,14 @@ def level_values(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> 
     >>> [float(v) for v in decoders.level_values(4, (-1.0, 1.0))]
     [-0.75, -0.25, 0.25, 0.75]
   """
+  checks.levels(levels, data_range)
   return _place(jnp.arange(levels), 0.5, levels, data_range)
 
 
 def _place(x: Integer[Array, "..."], inside: float, levels: int, data_range: tuple[float, float]) -> Values:
   """low + (high - low) (x + inside) / levels: 0 gives the lower edge of a cell, 1 the upper, 1/2 the centre."""
+  checks.levels(levels, data_range)
   low, high = data_range
-  if levels < 2:
-    raise ValueError(f"levels must be at least 2, the number of values an integer of the data can take; got {levels}")
-  if not low < high:
-    raise ValueError(f"data_range must be (low, high) with low < high, got {data_range}")
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise TypeError(f"x must be integers 0..{levels - 1}, got {x.dtype}: pass the raw integers, not scaled data")
   wide = x.astype(jnp.int32)

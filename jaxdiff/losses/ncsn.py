@@ -40,4 +40,5 @@ def ncsn(chain: levels.Chain, prediction: Prediction = predictions.noise(), stra
   References:
     Song & Ermon 2019, eq. 5 and 6, with lambda = sigma^2; Song & Ermon 2020, Technique 3, for s(x) / sigma.
   """
+  chains.check_made(chain, levels.Chain, prediction)
   return chains.denoising(chain, prediction, 1, stratified)

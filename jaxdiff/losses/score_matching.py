@@ -58,7 +58,7 @@ def denoising(
     prediction: what the network outputs.
     weight: `(sde, t) -> [b]` on the squared error of the noise: `weights.noise()`, `likelihood()`, `edm()` or
       `min_snr()`.
-    time: `times.uniform()`, `importance()` (for the likelihood weight) or `log_normal()`.
+    time: `times.uniform()`, `importance()` (for the likelihood weight), `log_normal()` or `fixed(t)`.
     t0: smallest time; None for the time at which sigma / alpha = 1e-3.
 
   Returns:
@@ -83,7 +83,7 @@ def denoising(
     Vincent 2011, Section 4; Song et al. 2021a, Score-Based Generative Modeling through SDEs, eq. 7; Song et al. 2021b,
     Maximum Likelihood Training of Score-Based Diffusion Models, for the likelihood weight.
   """
-  _check_made(sde, prediction, weight, time)
+  check_made(sde, prediction, weight, time)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(
@@ -103,7 +103,8 @@ def denoising(
   return loss
 
 
-def _check_made(sde: ScalarSDE, prediction: Prediction, weight: weights.Weight, time: times.Times) -> None:
+def check_made(sde: ScalarSDE, prediction: Prediction, weight: weights.Weight, time: times.Times) -> None:
+  """Refuse factories that were not called, and what lacks the methods of its kind."""
   for name, value, kind in (
     ("sde", sde, ScalarSDE),
     ("prediction", prediction, Prediction),
@@ -166,8 +167,15 @@ def explicit(
     [1.5]
   """
 
+  checks.made("target", target)
+  if not callable(target):
+    raise TypeError(f"target must be a score (x, t, **cond) -> [b, *d], got {type(target).__name__}")
+
   def fisher(key: Array, x: State, t: Array, score: ScoreFn, cond: Cond) -> Float[Array, " b"]:
-    error = score(x, t, **cond) - checked_output(target(x, t, **cond), x)
+    wanted = target(x, t, **cond)
+    if wanted.shape != x.shape:
+      raise ValueError(f"target must return an array of the shape of x, {x.shape}; got {wanted.shape}")
+    error = score(x, t, **cond) - wanted.astype(x.dtype)
     return 0.5 * jnp.sum(error**2, axis=range(1, x.ndim))
 
   return _of_score(fisher, sde, prediction, weight, time, t0, t)
@@ -258,6 +266,7 @@ def sliced(
     >>> loss(jax.random.key(0), jnp.ones((1, 3)), lambda x, t: -x)[0].tolist()
     [-1.5]
   """
+  checks.whole("probes", probes, 1)
   draw = divergences.hutchinson(probes).draw
 
   def slices(key: Array, x: State, t: Array, score: ScoreFn, cond: Cond) -> Float[Array, " b"]:
@@ -288,12 +297,13 @@ def _of_score(
     if prediction != score():
       raise ValueError("prediction must be predictions.score() without an sde: there is no noise level to convert by")
     return _at(objective, t)
-  _check_made(sde, prediction, weight, time)
+  check_made(sde, prediction, weight, time)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
   def loss(
     key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    checks.batch("x0", x0, cond, u)
     noise_key, time_key, probe_key = keys.split(keys.per_example(key, len(x0)), 3)
     if u is None:
       u = times.draw(time, key, time_key, first.dtype)
@@ -310,6 +320,7 @@ def _at(objective: Callable[..., Float[Array, " b"]], t: Scalar) -> Loss:
   def loss(
     key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    checks.batch("x0", x0, cond, u)
     times = jnp.broadcast_to(float_time(t), x0.shape[:1])
     model = lambda x, t, **cond: checked_output(network(x, t, **cond), x)
     return objective(keys.per_example(key, len(x0)), x0, times, model, cond), {"t": times}

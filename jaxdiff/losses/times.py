@@ -29,10 +29,12 @@ class Times(NamedTuple):
   Attributes:
     place: `(sde, t0, u: [b]) -> (t: [b], correction: [b])` for u uniform in [0, 1).
     stratified: whether the u of a batch are spread evenly rather than drawn one by one.
+    unbiased: whether the corrected loss is that of t uniform in [t0, t1], as bounds need.
   """
 
   place: _Place
   stratified: bool
+  unbiased: bool = True
 
 
 def uniform(stratified: bool = True) -> Times:
@@ -75,16 +77,18 @@ def log_normal(mean: float = -1.2, std: float = 1.2, stratified: bool = True) ->
     level = jnp.clip(mean + std * jax.scipy.special.ndtri(low + u * (high - low)), ends[0], ends[1])
     return jnp.clip(sde.time_of_log_snr(-2 * level), t0, sde.t1), jnp.ones_like(u)
 
-  return Times(place, stratified)
+  return Times(place, stratified, unbiased=False)
 
 
 def fixed(t: Scalar) -> Times:
   """One time only: `fixed(sigma)` with `EDM` is score matching at the noise level sigma."""
 
   def place(sde: ScalarSDE, t0: Array, u: Array) -> tuple[Array, Array]:
+    if not isinstance(t, jax.core.Tracer) and not isinstance(sde.t1, jax.core.Tracer) and not 0 < t <= sde.t1:
+      raise ValueError(f"the fixed time must lie in (0, t1] = (0, {sde.t1}], got {t}")
     return jnp.full_like(u, t), jnp.ones_like(u)
 
-  return Times(place, stratified=False)
+  return Times(place, stratified=False, unbiased=False)
 
 
 def stratified(offset: Float[Array, "..."], index: Array, total: int) -> Float[Array, "..."]:
@@ -105,8 +109,8 @@ def draw(times: Times, key: Keys, per_example: Key[Array, " b"], dtype) -> Float
   if key.ndim:
     raise ValueError(
       "key is one key per example, but stratified times need the place of each example in the batch: pass one key, "
-      "or u = frac(offset + index / global batch) with one offset for the whole batch, or a time with stratified=False"
+      "or u = frac(offset + index / global batch) with one offset for the whole batch, or set stratified=False"
     )
   if batch == 1:
-    raise ValueError("stratified times need a batch of at least 2: use a time with stratified=False, or pass u")
+    raise ValueError("stratified times need a batch of at least 2: set stratified=False, or pass u")
   return stratified(jax.random.uniform(per_example[0], (), dtype), jnp.arange(batch), batch)

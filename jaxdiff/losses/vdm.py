@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from jaxdiff import keys
+from jaxdiff import checks, keys
 from jaxdiff.losses import bounds, times
 from jaxdiff.losses.score_matching import Loss, squared_noise_error
 from jaxdiff.predictions import Prediction, noise
@@ -73,9 +73,13 @@ def vdm(
     ['bits_per_dim', 'diffusion', 'prior', 'reconstruction']
   """
   if not isinstance(gamma, Gamma):
-    raise TypeError(f"gamma must be a schedules.Gamma, with ends and an interior; got {type(gamma)}: see losses.bound")
-  if steps is not None and steps < 1:
-    raise ValueError(f"steps must be at least 1, or None for continuous time; got {steps}")
+    raise TypeError(
+      f"gamma must be a schedules.Gamma, with ends and an interior; got {type(gamma).__name__}. For other processes "
+      "and schedules use losses.bound(jd.VariancePreserving(gamma))"
+    )
+  if steps is not None:
+    checks.whole("steps", steps, 1, "or None for continuous time")
+  checks.made("prediction", prediction, Prediction)
   if interior not in ("variance", "bound"):
     raise ValueError(f"interior must be 'variance' or 'bound', got {interior!r}")
   bounds.check_decoder(levels, data_range, decoder)
