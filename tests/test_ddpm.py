@@ -602,7 +602,8 @@ def test_wrong_chains_are_refused(untyped):
     lambda t: chain.time(t) * chain.optimal_variance(t, 0.5),
   ):
     np.testing.assert_array_equal(jnp.isnan(method(jnp.asarray([-1, 9, 3]))), [True, True, False])
-  assert jnp.isnan(chain.variance("beta", 0))
+  with pytest.raises(ValueError, match=r"a reverse step must start at 1..8: 0 is the data"):
+    chain.variance("beta", 0)
   assert jnp.isnan(chain.interpolated_log_variance(jnp.float32(0.5), jnp.int32(0)))
   with pytest.raises(ValueError, match="kind must be 'beta' or 'beta_tilde', got 'gamma'"):
     chain.variance("gamma", 1)
