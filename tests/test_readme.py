@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import jax
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.standard_promotion
@@ -15,8 +17,11 @@ def test_the_program_of_the_readme_runs(capsys):
   program = program.replace("(500, 2)", "(4, 2)").replace("make_moons(4096", "make_moons(64")
   assert program.count("(4, 2)") == program.count("key(1), 2)") == program.count("x[:4]") == 1
   names = {}
-  exec(compile(program + "\n" + BLOCKS[1], "README.md", "exec"), names)
+  objectives = BLOCKS[1].replace("x[:500]", "x[:4]").replace("draws=64", "draws=2")
+  exec(compile("\n".join([program, objectives, BLOCKS[2]]), "README.md", "exec"), names)
   assert capsys.readouterr().out.startswith("(4, 2) ")
+  assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(names["gradient"]["interior"]))
+  assert np.all(np.isfinite(names["nats"]))
   assert callable(names["bits"])
 
 
