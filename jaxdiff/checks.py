@@ -63,9 +63,9 @@ def levels(value: Any, data_range: tuple[float, float]) -> None:
 
 
 def per_example(name: str, value: Any, size: int) -> Any:
-  """What a function of the user's returned, refused unless it is one number per example."""
+  """The value, refused unless it is one number per example."""
   if jnp.shape(value) != (size,):
-    raise ValueError(f"{name} must return one number per example, [{size}]; got shape {jnp.shape(value)}")
+    raise ValueError(f"{name} must be one number per example, [{size}]; got shape {jnp.shape(value)}")
   return value
 
 

@@ -200,7 +200,9 @@ def test_bad_input_is_named(untyped):
   with pytest.raises(TypeError, match=r"sde is a class: did you forget to call it: VP\(\)"):
     jd.losses.bound(jd.VP)
   summed = jd.losses.bound(jd.VP(), prior_log_prob=lambda z: jnp.sum(z))
-  with pytest.raises(ValueError, match=r"prior_log_prob must return one number per example, \[2\]; got shape \(\)"):
+  with pytest.raises(
+    ValueError, match=r"what prior_log_prob returns must be one number per example, \[2\]; got shape \(\)"
+  ):
     summed(jax.random.key(0), jnp.zeros((2, 3)), lambda x, t: x)
   with pytest.raises(ValueError, match=r"the fixed time must lie in \(0, t1\] = \(0, 1.0\], got 2.0"):
     jd.losses.denoising(jd.VP(), jd.predictions.noise(), time=times.fixed(2.0))(

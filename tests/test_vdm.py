@@ -263,3 +263,10 @@ def test_bad_input_is_named(untyped):
     jd.losses.vdm(gamma)(jax.random.key(0), jnp.ones((4, 3)), lambda x, t: x[:, :2])
   with pytest.raises(TypeError, match="network must return a floating point array, got int32"):
     jd.losses.vdm(gamma)(jax.random.key(0), jnp.ones((4, 3)), lambda x, t: jnp.ones(x.shape, jnp.int32))
+  for loss in (jd.losses.vdm(gamma), jd.losses.ddpm_simple(jd.ddpm.Chain(jd.ddpm.linear_betas(50)))):
+    with pytest.raises(
+      ValueError, match=r"cond\['label'\] must have one entry per example, \[4, ...\]; got shape \(3,\)"
+    ):
+      loss(jax.random.key(0), jnp.ones((4, 3)), lambda x, t, label: x, {"label": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"u must .*one number per example, \[4\]; got shape \(3,\)"):
+      loss(jax.random.key(0), jnp.ones((4, 3)), lambda x, t: x, u=jnp.ones(3))

@@ -164,7 +164,9 @@ def prior_cost(
   x0 = x0.astype(sigma.dtype)
   mean, std = alpha * x0, sigma
   v = jax.vmap(lambda key: jax.random.rademacher(key, x0.shape[1:], x0.dtype))(key)
-  both = (checks.per_example("prior_log_prob", prior_log_prob(mean + sign * v), len(x0)) for sign in (std, -std))
+  both = (
+    checks.per_example("what prior_log_prob returns", prior_log_prob(mean + sign * v), len(x0)) for sign in (std, -std)
+  )
   cross = -0.5 * sum(both)
   return cross - x0[0].size * _gaussian_entropy(sigma)
 
@@ -185,7 +187,7 @@ def reconstruction_cost(
   x0 = x0.astype(sigma.dtype)
   z = alpha * x0 + sigma * keys.normal(key, x0.shape, x0.dtype)
   if decoder is not None:
-    return -checks.per_example("decoder", decoder(x, z), len(x))
+    return -checks.per_example("what decoder returns", decoder(x, z), len(x))
   assert levels is not None
   return -decoders.nearest_level_log_prob(x, z, alpha, sigma, levels, data_range)
 

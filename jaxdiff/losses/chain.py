@@ -66,7 +66,9 @@ def draw_steps(
 ) -> Int[Array, " b"]:
   """Steps uniform on first..chain.steps: first + floor(u count), from the given u or, for None, from the keys."""
   count = chain.steps - first + 1
-  if u is None:
+  if u is not None:
+    checks.per_example("u", u, len(per_example))
+  else:
     u = times.draw(times.uniform(stratified), key, per_example, jnp.float32)
   # A u of 1, which others may hand on, belongs to the last step.
   return first + jnp.minimum(jnp.floor(u * count), count - 1).astype(jnp.int32)
@@ -83,6 +85,7 @@ def evaluate(
   parts: int = 1,
 ) -> Evaluation:
   """Noise the data to step t and ask the network, once, at time `chain.time(t)`."""
+  checks.batch("x0", x0, cond, t)
   alpha, sigma = chain.marginal(t)
   x_t, noise = chain.perturb(noise_key, x0, t)
   output = call_network(network, prediction, chain.sde(), x_t, chain.time(t), cond, parts)

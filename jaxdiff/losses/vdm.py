@@ -91,6 +91,7 @@ def vdm(
   ) -> tuple[Float[Array, " b"], bounds.Costs]:
     noise_key, time_key, prior_key, decoder_key = keys.split(keys.per_example(key, len(x)), 4)
     x0 = bounds.to_state(x, levels, data_range)
+    checks.batch("x", x0, cond, u)
     if u is None:
       u = times.draw(time, key, time_key, jnp.result_type(float))
     eps = keys.normal(noise_key, x0.shape, x0.dtype)
