@@ -33,7 +33,7 @@ def made(name: str, value: Any, kind: Any = object) -> None:
   """
   module, label = (str(getattr(value, attribute, "")) for attribute in ("__module__", "__qualname__"))
   is_class, home = isinstance(value, type), module.rpartition(".")[2]
-  if is_class or (label and module.startswith("jaxdiff.") and "<locals>" not in label):
+  if is_class or (label and module.startswith("jaxdiff.") and "<" not in label):
     what, call = ("a class", label) if is_class else ("a factory", f"{home}.{label}")
     raise TypeError(f"{name} is {what}: did you forget to call it: {call}()?")
   lacking = [part for part in dir(kind) if not part.startswith("_") and not hasattr(value, part)]
