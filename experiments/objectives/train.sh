@@ -1,12 +1,14 @@
 #!/bin/sh
-# Four objectives on the digits: one network, one optimizer, equal steps. Usage: train.sh SEED [RUNS_DIRECTORY]
+# Four objectives on the digits: one network, one optimizer, equal steps. From the repository root, after
+# `make setup`: sh experiments/objectives/train.sh SEED [RUNS_DIRECTORY]
 set -eu
+bin=${VENV:-.venv}/bin
 seed=$1 runs=${2:-runs/objectives}
 run() {
   name=$1 && shift
-  jaxdiff train --config=configs/vdm_digits.py --workdir="$runs/$name-$seed" --config.seed="$seed" "$@"
-  jaxdiff likelihood --workdir="$runs/$name-$seed"
-  jaxdiff sample --workdir="$runs/$name-$seed" --config.sample.num=40
+  "$bin/jaxdiff" train --config=configs/vdm_digits.py --workdir="$runs/$name-$seed" --config.seed="$seed" "$@"
+  "$bin/jaxdiff" likelihood --workdir="$runs/$name-$seed"
+  "$bin/jaxdiff" sample --workdir="$runs/$name-$seed" --config.sample.num=40
 }
 run vdm_learned
 run vdm_straight --config.sde.interior=straight
