@@ -38,6 +38,8 @@ def made(name: str, value: Any, kind: Any = object) -> None:
     raise TypeError(f"{name} is {what}: did you forget to call it: {call}()?")
   lacking = [part for part in dir(kind) if not part.startswith("_") and not hasattr(value, part)]
   if lacking:
+    if "drift" in lacking and hasattr(value, "sde"):
+      raise TypeError(f"{name} is a discrete chain where a process is needed: pass its continuous process, chain.sde()")
     raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}")
 
 

@@ -57,7 +57,7 @@ class Sample(NamedTuple):
   Attributes:
     x: the samples.
     nfe: network evaluations spent on each example.
-    path: the states at the nodes of the time grid, from the prior to the sample, or None where it was not asked for.
+    path: the states from x_T to the sample, every k-th as `path=k` asked, or None where it was not asked for.
     status: how the solve went.
   """
 

@@ -8,48 +8,35 @@ References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, eq. 6 and Section 4.1.
 """
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
-from jaxdiff import checks, keys, status
-from jaxdiff.sde import SDE, check_eta, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State, Status
-
-
-def check_grid(ts: Float[Array, " n"], t1: Scalar) -> None:
-  """Refuse a grid that is not a decreasing sequence of at least two times in [0, t1]; a traced one passes."""
-  if ts.ndim != 1 or len(ts) < 2:
-    raise ValueError(f"ts must be [steps + 1] decreasing times, got shape {ts.shape}")
-  if isinstance(ts, jax.core.Tracer) or isinstance(t1, jax.core.Tracer):
-    return
-  times = np.asarray(ts)
-  if not np.all(times[1:] < times[:-1]):
-    raise ValueError(
-      f"ts must decrease from the prior's time to the data's, got {times}: make it with jaxdiff.time_grid"
-    )
-  if times[-1] < 0 or times[0] > float(t1):
-    raise ValueError(f"ts must lie in [0, t1] = [0, {t1}], got {times[-1]} to {times[0]}")
+from jaxdiff import checks, keys
+from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Method, check_grid
+from jaxdiff.sde import SDE, check_eta, expand, reverse
+from jaxdiff.typing import Scalar, State
 
 
-def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, path: bool = False):
+def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, denoise: bool = False, path: int = 0) -> FixedGrid:
   """Sampler by Euler-Maruyama steps of the reverse SDE.
 
   Args:
     sde: any forward process.
     ts: decreasing times `[steps + 1]` from `jd.time_grid`.
     eta: amount of noise: 1 the reverse SDE, 0 Euler steps of the probability flow.
-    path: whether to return all steps + 1 states, from x_T to the sample.
+    denoise: whether the last state becomes E[x_0 | x], at one more evaluation.
+    path: 0 for no path, k to return every k-th state from x_T to the last; k divides the number of steps.
 
   Returns:
     sampler(key, x_T: [b, *d], score, cond={}) -> Sample, at `steps` network evaluations. Example k takes its noise from
     its own key: the same for any batch.
 
   Raises:
-    ValueError: for a grid that does not decrease within [0, t1], a negative eta; when called, for cond of another
-      batch.
+    ValueError: for a grid that does not decrease within [0, t1], a negative eta, a path that does not divide the number
+      of steps; when called, for cond of another batch.
     TypeError: for a class given as the process; when called, for an x_T that is no array of floating point numbers.
 
   Example:
@@ -63,29 +50,12 @@ def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, path: bool 
   """
   checks.made("sde", sde, SDE)
   check_eta(eta)
-  ts = jnp.asarray(ts)
-  check_grid(ts, sde.t1)
-  steps = len(ts) - 1
+  ts = check_grid(ts, sde.t1)
 
-  def sampler(key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
-    checks.batch("x_T", x_T, cond)
-    batch = len(x_T)
-    noise_keys = keys.per_example(key, batch)
-    drift, diffuse = reverse(sde, score, eta)
+  def step(field: Field, x: State, memory: Any, node: tuple[Array, Array], noise: Key[Array, " b"]) -> Any:
+    t, h = node
+    drift, diffuse = reverse(sde, field.score, eta)
+    h = expand(h, x)
+    return x - h * drift(x, t) + jnp.sqrt(h) * diffuse(t, keys.normal(noise, x.shape, x.dtype)), memory
 
-    def step(carry: tuple[Array, Array], node: tuple[Array, Array, Array]):
-      x, good = carry
-      i, t, t_next = node
-      h = (t - t_next).astype(x.dtype)
-      noise = keys.normal(keys.fold_in(noise_keys, i), x.shape, x.dtype)
-      x = x - h * drift(x, t, **cond) + jnp.sqrt(h) * diffuse(t, noise)
-      finite = jnp.all(jnp.isfinite(x), axis=range(1, x.ndim))
-      return (x, jnp.where(finite & (good == i), good + 1, good)), x if path else None
-
-    nodes = jnp.arange(steps), ts[:-1], ts[1:]
-    (x, good), states = jax.lax.scan(step, (x_T, jnp.zeros(batch, jnp.arange(0).dtype)), nodes)
-    code = jnp.where(good == steps, status.SUCCESS, status.NON_FINITE)
-    states = jnp.concatenate([x_T[None], states]) if path else None
-    return Sample(x, jnp.full(batch, steps), states, Status(code, good, jnp.zeros_like(good)))
-
-  return sampler
+  return FixedGrid(sde, ts, Method(step, (ts[:-1], ts[:-1] - ts[1:]), len(ts) - 1), denoise, path)

@@ -1,0 +1,179 @@
+"""Sampling on a fixed grid of times: one `lax.scan` over the steps of a method.
+
+A method is a pure function that carries the state over one interval of the grid, with all it needs to know of the
+interval computed once. What every sampler shares lives here: noise that belongs to an example, the path, a last
+denoising, the count of network evaluations, and the step at which an example ceased to be finite.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Key
+
+from jaxdiff import checks, keys, predictions, status
+from jaxdiff.sde import SDE, ScalarSDE, batch_time
+from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State, Status, Time
+
+
+class Field(NamedTuple):
+  """What a step asks the network for: the score and the denoiser of one call, its conditions bound."""
+
+  sde: Any
+  network: ScoreFn
+  cond: Cond
+
+  def score(self, x: State, t: Time) -> State:
+    """The score at (x, t)."""
+    return _like(x, self.network(x, batch_time(t, x), **self.cond))
+
+  def denoised(self, x: State, t: Time) -> State:
+    """E[x_0 | x_t = x]."""
+    return _like(x, predictions.denoised(self.sde, self.network, x, batch_time(t, x), **self.cond))
+
+
+def _like(x: State, value: Any) -> State:
+  """What the score gave for x, refused unless it is of its shape; in its type."""
+  if jnp.shape(value) != x.shape:
+    raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {jnp.shape(value)}")
+  return value.astype(x.dtype)
+
+
+class Method(NamedTuple):
+  """How a sampler steps.
+
+  Attributes:
+    step: `(field, x, memory, node, keys) -> (x, memory)`: the state [b, *d] at the end of an interval, from that at its
+      start; `keys` [b] are there for the noise of this step alone.
+    nodes: what each step is given as `node`: a pytree of arrays [steps, ...].
+    nfe: network evaluations of all steps.
+    memory: what the first step is given as `memory`, from x_T: what a multistep method remembers; () for none.
+  """
+
+  step: Callable[[Field, State, Any, Any, Key[Array, " b"]], tuple[State, Any]]
+  nodes: Any
+  nfe: int
+  memory: Callable[[State], Any] = lambda x: ()
+
+
+@dataclass(frozen=True, eq=False)
+class FixedGrid:
+  """A sampler on a fixed grid: `sampler(key, x_T, score, cond={}) -> Sample`.
+
+  Attributes:
+    sde: the process.
+    ts: its grid, decreasing times `[steps + 1]`.
+    method: how to step.
+    denoise: whether the last state becomes E[x_0 | x], at one more evaluation.
+    path: 0 for no path, k for every k-th state from x_T to the last; k divides the number of steps.
+
+  Raises:
+    ValueError: for a path that does not divide the number of steps, a last denoising where no noise is left.
+    TypeError: for a path that is no integer.
+  """
+
+  sde: SDE
+  ts: Float[Array, " n"]
+  method: Method
+  denoise: bool = False
+  path: int = 0
+
+  def __post_init__(self) -> None:
+    _check_path(self.path, len(self.ts) - 1)
+    if self.denoise:
+      checks.made("sde", self.sde, ScalarSDE)
+      check_noise(self.sde, self.ts[-1], "denoise=True")
+
+  def __call__(self, key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
+    checks.batch("x_T", x_T, cond)
+    checks.made("score", score)
+    batch, steps = len(x_T), len(self.ts) - 1
+    example = keys.per_example(key, batch)
+    field = Field(self.sde, score, dict(cond))
+
+    def step(carry: tuple[Array, Any, Array], node: tuple[Array, Any]) -> tuple[tuple[Array, Any, Array], None]:
+      x, memory, good = carry
+      i, interval = node
+      x, memory = self.method.step(field, x, memory, interval, keys.fold_in(example, i))
+      return (x, memory, jnp.where(_finite(x) & (good == i), good + 1, good)), None
+
+    def leg(carry: Any, nodes: Any) -> tuple[Any, Array]:
+      carry, _ = jax.lax.scan(step, carry, nodes)
+      return carry, carry[0]
+
+    nodes = jnp.arange(steps), self.method.nodes
+    carry = x_T, self.method.memory(x_T), jnp.zeros(batch, nodes[0].dtype)
+    states = None
+    if self.path:
+      legs = jax.tree.map(lambda leaf: leaf.reshape(-1, int(self.path), *leaf.shape[1:]), nodes)
+      carry, states = jax.lax.scan(leg, carry, legs)
+      states = jnp.concatenate([x_T[None], states])
+    else:
+      carry, _ = jax.lax.scan(step, carry, nodes)
+    x, _, good = carry
+    if self.denoise:
+      x = field.denoised(x, self.ts[-1])
+      states = states if states is None else states.at[-1].set(x)
+    code = jnp.where((good == steps) & _finite(x), status.SUCCESS, status.NON_FINITE)
+    nfe = jnp.full(batch, self.method.nfe + int(self.denoise))
+    return Sample(x, nfe, states, Status(code, good, jnp.zeros_like(good)))
+
+
+def _finite(x: State) -> Array:
+  return jnp.all(jnp.isfinite(x), axis=range(1, x.ndim))
+
+
+def _check_path(path: int, steps: int) -> None:
+  checks.whole("path", int(path) if isinstance(path, bool) else path, 0, "every how many steps a state is kept")
+  if path and steps % path:
+    raise ValueError(f"path must divide the number of steps, {steps}; got {path}")
+
+
+def check_noise(sde: ScalarSDE, t: Time, what: str) -> None:
+  """Refuse a time without noise, where there is no score; a traced one passes."""
+  with jax.ensure_compile_time_eval():
+    silent = sde.marginal(t)[1] <= 0
+  if not isinstance(silent, jax.core.Tracer) and silent:
+    raise ValueError(f"{what} needs noise at its last time, but sigma is 0 at t = {t}: end the grid before")
+
+
+def check_grid(ts: Float[Array, " n"], t1: Scalar) -> Float[Array, " n"]:
+  """The grid, refused unless it is a decreasing sequence of at least two times in [0, t1]; a traced one passes."""
+  ts = jnp.asarray(ts)
+  if ts.ndim != 1 or len(ts) < 2:
+    raise ValueError(f"ts must be [steps + 1] decreasing times, got shape {ts.shape}")
+  if isinstance(ts, jax.core.Tracer) or isinstance(t1, jax.core.Tracer):
+    return ts
+  times = np.asarray(ts)
+  if not np.all(times[1:] < times[:-1]):
+    raise ValueError(
+      f"ts must decrease from the prior's time to the data's, got {times}: make it with jaxdiff.time_grid"
+    )
+  if times[-1] < 0 or times[0] > float(t1):
+    raise ValueError(f"ts must lie in [0, t1] = [0, {t1}], got {times[-1]} to {times[0]}")
+  return ts
+
+
+class Intervals(NamedTuple):
+  """The intervals of a grid of a process with scalar marginals, from the prior to the data; arrays `[steps]`.
+
+  `t`, `alpha`, `sigma` are those of the start of a step (the noisier end), those with `_next` of its end.
+  """
+
+  t: Float[Array, " steps"]
+  t_next: Float[Array, " steps"]
+  alpha: Float[Array, " steps"]
+  sigma: Float[Array, " steps"]
+  alpha_next: Float[Array, " steps"]
+  sigma_next: Float[Array, " steps"]
+
+
+def intervals(sde: ScalarSDE, ts: Float[Array, " n"]) -> Intervals:
+  """What steps over these times need of the process, computed once."""
+  with jax.ensure_compile_time_eval():
+    alpha, sigma = sde.marginal(ts)
+    return Intervals(ts[:-1], ts[1:], alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
