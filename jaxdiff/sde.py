@@ -30,7 +30,7 @@ from jaxtyping import Float
 
 from jaxdiff import checks, keys, schedules
 from jaxdiff.schedules import float_time
-from jaxdiff.typing import Keys, Scalar, ScoreFn, State, Time
+from jaxdiff.typing import Keys, Scalar, State, Time
 
 
 @runtime_checkable
@@ -131,7 +131,9 @@ def check_eta(eta: Scalar) -> None:
     raise ValueError(f"eta must be at least 0 (0 the probability flow, 1 the reverse SDE), got {eta}")
 
 
-def reverse(sde: SDE, score: ScoreFn, eta: Scalar = 1.0) -> tuple[Callable[..., State], Callable[..., State]]:
+def reverse(
+  sde: SDE, score: Callable[..., State], eta: Scalar = 1.0
+) -> tuple[Callable[..., State], Callable[..., State]]:
   """The process run backwards: f - (1 + eta^2) / 2 G G^T score, with noise eta G.
 
   Every eta gives the same marginals: 1 the reverse SDE, 0 the probability-flow ODE.

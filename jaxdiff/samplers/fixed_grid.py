@@ -133,7 +133,7 @@ def _check_path(path: int, steps: int) -> None:
     raise ValueError(f"path must divide the number of steps, {steps}; got {path}")
 
 
-def check_noise(sde: ScalarSDE, t: Time, what: str) -> None:
+def check_noise(sde: Any, t: Time, what: str) -> None:
   """Refuse a time without noise, where there is no score; a traced one passes."""
   with jax.ensure_compile_time_eval():
     silent = sde.marginal(t)[1] <= 0
