@@ -1,7 +1,8 @@
 """Ordinary differential equations along time, each example with step sizes of its own.
 
-Integration is diffrax's: Tsit5 (Tsitouras 2011, order 5) with error control, reverse-mode differentiable by recursive
-checkpointing. Nothing here depends on batch mates: the solve of one example is vmapped.
+Integration is diffrax's: Tsit5 (Tsitouras 2011, order 5) or Dopri8 (Prince & Dormand 1981, order 8) with error control,
+reverse-mode differentiable by recursive checkpointing. Nothing here depends on batch mates: the solve of one example is
+vmapped.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,17 @@ from jaxdiff.schedules import float_time
 from jaxdiff.typing import Status
 
 MAX_STEPS = 4096
-_STAGES = 6
+_SOLVERS = {5: (diffrax.Tsit5, 6), 8: (diffrax.Dopri8, 13)}  # with the evaluations of a step
 _SMALLEST_STEP = 1e-7  # of the whole interval: below it float32 times stand still
 
 
-def check_tolerances(rtol: float, atol: float, max_steps: int) -> None:
-  """Refuse tolerances that no solve can meet."""
+def check_solver(rtol: float, atol: float, order: int, max_steps: int) -> None:
+  """Refuse tolerances that no solve can meet, and orders that there are not."""
   for name, value in (("rtol", rtol), ("atol", atol)):
     if not value > 0:
       raise ValueError(f"{name} must be positive, got {value}")
+  if order not in _SOLVERS:
+    raise ValueError(f"order must be 5 or 8, got {order}")
   if max_steps < 1:
     raise ValueError(f"max_steps must be at least 1, got {max_steps}")
 
@@ -41,6 +44,7 @@ def solve(
   atol: float,
   max_steps: int = MAX_STEPS,
   at: Float[Array, " n"] | None = None,
+  order: int = 5,
 ) -> tuple[Any, Array, Status]:
   """Solve dy/dt = field(t, y) for one example, from `start` to `end` in either direction of time.
 
@@ -54,6 +58,7 @@ def solve(
     atol: absolute tolerance of a step.
     max_steps: steps, taken and refused, after which the solve gives up.
     at: times from `start` to `end` at which the state is wanted; None for `end` alone.
+    order: of the solver, 5 or 8.
 
   Returns:
     (the state at `end`, or at the times `at` with a leading axis [n], NaN where the solve failed; number of evaluations
@@ -74,10 +79,11 @@ def solve(
     times["dt0"] = None
   else:
     times = {name: float(time) for name, time in times.items()}
+  solver, evaluations = _SOLVERS[order]
   with jax.default_matmul_precision("highest"):
     solution = diffrax.diffeqsolve(
       diffrax.ODETerm(vector_field),
-      diffrax.Tsit5(),
+      solver(),
       y0=y0,
       **times,
       saveat=diffrax.SaveAt(t1=True) if at is None else diffrax.SaveAt(ts=at),
@@ -91,4 +97,4 @@ def solve(
   unfinished = jnp.where((steps >= max_steps) & (accepted > 0), status.MAX_STEPS, status.NON_FINITE)
   code = jnp.where(finite & (solution.result == diffrax.RESULTS.successful), status.SUCCESS, unfinished)
   ys = jax.tree.map(lambda leaf: jnp.where(code == status.SUCCESS, leaf, jnp.nan), ys)
-  return ys, _STAGES * steps + 1, Status(code, accepted, solution.stats["num_rejected_steps"])
+  return ys, evaluations * steps + 1, Status(code, accepted, solution.stats["num_rejected_steps"])

@@ -91,7 +91,7 @@ def log_prob(
   """
   checks.made("sde", sde, ScalarSDE)
   checks.made("divergence", divergence, divergences.Divergence)
-  flow.check_tolerances(rtol, atol, max_steps)
+  flow.check_solver(rtol, atol, 5, max_steps)
   start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
   with jax.ensure_compile_time_eval():
     end = float_time(sde.t1)
