@@ -8,7 +8,7 @@ DEMO_FLAGS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: help setup demo test lint format benchmark constraints clean
+.PHONY: help setup demo test parity lint format benchmark gallery constraints clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,15 @@ test: $(STAMP)  ## Run the tests, the docstring examples and the check of the im
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(TEST_FLAGS)
 
+parity: .venv-parity/.installed  ## Compare the samplers with diffusers (Python 3.11; installs PyTorch for the CPU).
+	.venv-parity/bin/python -m pytest tests/test_parity*.py
+
+.venv-parity/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-parity
+	.venv-parity/bin/python -m pip install --quiet -c constraints.txt -e '.[train,test]'
+	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 diffusers==0.42.1
+	@touch $@
+
 lint: $(STAMP)  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +59,12 @@ format: $(STAMP)  ## Format the code.
 benchmark: $(STAMP)  ## Measure the overhead over bare network evaluations (on an idle machine).
 	$(BIN)/python experiments/benchmarks/overhead.py
 	$(BIN)/python experiments/benchmarks/objectives.py
+	$(BIN)/python experiments/benchmarks/samplers.py
+
+gallery: $(STAMP)  ## Draw all samplers side by side on a 2-D density and on digits (trains both first, six minutes).
+	$(BIN)/jaxdiff train --config=configs/toy2d.py --workdir=runs/toy2d
+	$(BIN)/jaxdiff train --config=configs/digits.py --workdir=runs/digits
+	$(BIN)/python experiments/samplers/gallery.py --toy2d=runs/toy2d --digits=runs/digits
 
 clean:  ## Remove the environment, the caches and the runs.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache runs

@@ -11,6 +11,7 @@ from jaxdiff import flow as flow
 from jaxdiff import likelihood as likelihood
 from jaxdiff import losses as losses
 from jaxdiff import ncsn as ncsn
+from jaxdiff import parallel as parallel
 from jaxdiff import predictions as predictions
 from jaxdiff import samplers as samplers
 from jaxdiff import schedules as schedules

@@ -13,12 +13,16 @@ from ml_collections import ConfigDict
 from jaxdiff import factory, schema
 from jaxdiff.schema import Config, ConfigError
 
+_SHORT = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif"}
+_STEPS = ("sampler.grid.steps", "sampler.steps")
+
 
 def parse(argv: list[str]) -> tuple[Config, Path]:
   """The resolved config and the workdir.
 
   Args:
     argv: what follows the command: --workdir=DIR, --config=FILE, --config.field=value; a space may replace the "=".
+      --sampler, --steps, --num, --seed and --gif stand for fields of the sections sampler and sample.
 
   Raises:
     ConfigError: for anything that cannot be read, does not exist or has another type.
@@ -33,16 +37,20 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
   if file is None and not own.exists():
     raise ConfigError(f"{own} does not exist: train first, or give --config=FILE")
   config = factory.read(own) if file is None else load(Path(file).expanduser())
-  return override(config, {name.removeprefix("--config."): text for name, text in options.items()}), workdir
+  return override(
+    config, {_SHORT.get(name, name.removeprefix("--config.")): options[name] for name in options}
+  ), workdir
 
 
 def _options(argv: list[str]) -> dict[str, str]:
   options, rest = {}, list(argv)
   while rest:
     name, equals, value = rest.pop(0).partition("=")
-    if name not in ("--workdir", "--config") and not name.startswith("--config."):
+    if name not in ("--workdir", "--config", "--steps", *_SHORT) and not name.startswith("--config."):
       raise ConfigError(f"unexpected argument {name + equals + value!r}: settings are given as --config.field=value")
-    if not equals and rest and not rest[0].startswith("--"):
+    if name == "--gif" and not equals:
+      value = "True"
+    elif not equals and rest and not rest[0].startswith("--"):
       value = rest.pop(0)
     if not value:
       raise ConfigError(f"{name} needs a value: {name}=VALUE")
@@ -93,12 +101,24 @@ def override(config: Config, texts: Mapping[str, str]) -> Config:
   """
   config = copy.deepcopy(config)
   for path in sorted(texts, key=lambda path: (not path.endswith(".type"), path.count("."))):
-    _set(config, path, texts[path])
+    _set(config, _steps(config) if path == "--steps" else path, texts[path])
   schema.check_sections(config)
   for name in schema.paths("data", config["data"]):
     if (value := config["data"].get(name)) is not None:
       config["data"][name] = str(Path(value).expanduser().absolute())
   return config
+
+
+def _steps(config: Config) -> str:
+  """The field that holds the number of steps of the config's sampler."""
+  section = config.get("sampler", {})
+  fields = [*schema.subsections("sampler", section), *schema.parameters("sampler", section)]
+  for path in _STEPS:
+    if path.split(".")[1] in fields:
+      return path
+  raise ConfigError(
+    f"--steps: {section['type']} chooses its steps by itself; set its tolerances, --config.sampler.rtol"
+  )
 
 
 def _set(config: Config, path: str, text: str) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=value ...]
 
   train        train, or continue from the newest checkpoint in DIR
-  sample       draw samples: samples.png, samples.npz, denoising.png
+  sample       draw samples: samples.png, samples.npz, denoising.png; short flags: --sampler=dpm_solver_pp --steps=20
+               --num=64 --seed=1 --gif (denoising.gif)
   likelihood   evaluate held-out data: likelihood.json, likelihood.npz, a table
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.

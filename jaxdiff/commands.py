@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, objectives, parallel, rundir, status, training
+from jaxdiff import factory, objectives, parallel, rundir, samplers, status, training
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import baselines, pictures, runs
-from jaxdiff.schema import Config, ConfigError, LikelihoodSettings
+from jaxdiff.schema import Config, ConfigError, LikelihoodSettings, SampleSettings
 from jaxdiff.training.metrics import read_metrics
+
+_ANIMATED = 100  # samples in an animation
+_FRAMES = 60
+_QUANTILES = {"static": None, "dynamic": 0.995}
 
 
 def _say(message: str) -> None:
@@ -89,40 +94,64 @@ def sample(config: Config, workdir: Path) -> None:
   _check_batch("sample.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config)
   process = factory.make_process(config, params)
-  score = factory.make_score(config)
-  _say(f"sampling from step {step}")
+  score = _thresholded(factory.make_score(config), process, settings.threshold)
+  sampler = factory.make_sampler(config, process)
+  _say(f"sampling from step {step} by {config['sampler']['type']}")
   drawn = runs.draw(
-    score,
-    params,
-    process,
-    factory.make_sampler(config, process),
-    source.shape,
-    settings.num,
-    settings.batch_size,
-    settings.seed,
-    mesh,
+    score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh
   )
   np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
   status.check(drawn["code"], drawn["accepted"])
-  paths = runs.trajectories(
-    score(params),
-    process,
-    factory.make_sampler(config, process, path=True),
-    source.shape,
-    min(settings.trajectories, settings.num),
-    settings.seed,
-  )
-  if len(source.shape) == 3 and source.shape[-1] in (1, 3):
-    pictures.save_grid(workdir / "samples.png", drawn["x"], columns=round(settings.num**0.5))
+  _say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
+  if _can_be_shown(source):
+    _show_samples(workdir, source, drawn["x"])
+    if factory.has_path(config):
+      count = max(_ANIMATED if settings.gif else 0, settings.trajectories)
+      with_path = factory.make_sampler(config, process, path=_path(sampler))
+      paths = runs.trajectories(
+        score(params), process, with_path, source.shape, min(count, settings.num), settings.seed
+      )
+      _show_paths(workdir, source, paths, settings)
+  _list(workdir, "samples.png", "denoising.png", *(["denoising.gif"] if settings.gif else []), "samples.npz")
+
+
+def _can_be_shown(source: Source) -> bool:
+  return source.shape == (2,) or (len(source.shape) == 3 and source.shape[-1] in (1, 3))
+
+
+def _thresholded(score: Callable[[Any], Any], process: Any, threshold: str) -> Callable[[Any], Any]:
+  if threshold == "none":
+    return score
+  return lambda params: samplers.thresholded(process, score(params), quantile=_QUANTILES[threshold])
+
+
+def _path(sampler: Any) -> int:
+  """Every how many steps to keep a state: a divisor of the steps that leaves about `_FRAMES`, or 1."""
+  if not hasattr(sampler, "ts"):
+    return True
+  steps = len(sampler.ts) - 1
+  divisors = [k for k in range(1, steps + 1) if steps % k == 0]
+  return min(divisors, key=lambda k: abs(np.log(steps / k / _FRAMES)))
+
+
+def _show_samples(workdir: Path, source: Source, x: np.ndarray) -> None:
+  if source.shape == (2,):
+    pictures.save_scatter(workdir / "samples.png", x, source.gather(np.arange(min(len(source), len(x))))["x"])
+  else:
+    pictures.save_grid(workdir / "samples.png", x, columns=round(len(x) ** 0.5))
+
+
+def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: SampleSettings) -> None:
+  few = paths[:, : settings.trajectories]
+  if source.shape == (2,):
+    pictures.save_paths(workdir / "denoising.png", few, source.gather(np.arange(min(len(source), 2000)))["x"])
+  else:
     # Most of the way is pure noise or all but done: ten of twelve columns show the middle half.
     fractions = np.array([0.0, *np.linspace(0.25, 0.75, 10), 1.0])
-    shown = paths[(fractions * (len(paths) - 1)).round().astype(int)]
+    shown = few[(fractions * (len(few) - 1)).round().astype(int)]
     pictures.save_grid(workdir / "denoising.png", shown.swapaxes(0, 1).reshape(-1, *source.shape), columns=12)
-  elif source.shape == (2,):
-    data = source.gather(np.arange(min(len(source), settings.num)))["x"]
-    pictures.save_scatter(workdir / "samples.png", drawn["x"], data)
-    pictures.save_paths(workdir / "denoising.png", paths, data)
-  _list(workdir, "samples.png", "denoising.png", "samples.npz")
+  if settings.gif:
+    pictures.save_animation(workdir / "denoising.gif", paths, columns=round(paths.shape[1] ** 0.5))
 
 
 def likelihood(config: Config, workdir: Path) -> None:

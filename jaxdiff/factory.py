@@ -1,6 +1,7 @@
 """From a config to components: the only file that builds from configs; `schema` says what a config may hold."""
 
 import dataclasses
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -245,10 +246,21 @@ def make_log_prob(config: Config, process: sde.ScalarSDE) -> Callable[..., Any]:
 def make_sampler(config: Config, process: sde.ScalarSDE, **options: Any) -> Callable[..., Any]:
   """The sampler, on its time grid if it has one; `options` are arguments that the config does not have."""
   section = config["sampler"]
-  given: dict[str, Any] = {"sde": process, **options}
+  (constructor,) = schema.constructors("sampler", section)
+  takes = inspect.signature(constructor).parameters
+  given: dict[str, Any] = {"sde": process} if "sde" in takes else {}
+  if "forward" in takes:
+    forward = make_forward(config)
+    given["forward"] = forward if hasattr(forward, "sde") else process
   if "grid" in schema.subsections("sampler", section):
     given["ts"] = component("sampler.grid", section.get("grid", {}), sde=process)
-  return component("sampler", section, **given)
+  return component("sampler", section, **given, **options)
+
+
+def has_path(config: Config) -> bool:
+  """Whether the sampler can return the path to its samples."""
+  (constructor,) = schema.constructors("sampler", config["sampler"])
+  return "path" in inspect.signature(constructor).parameters
 
 
 def make_apply(config: Config) -> Callable[..., jax.Array]:

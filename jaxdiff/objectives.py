@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdiff import factory, keys, likelihood, losses, schema
+from jaxdiff import components, factory, keys, likelihood, losses, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.schema import Config, ConfigError
@@ -35,7 +35,7 @@ def make_loss(config: Config, source: Source | None = None, params: Any = None) 
   section = config["loss"]
   schema.check_section("loss", section)
   kind, process = section["type"], config["sde"]["type"]
-  if (due := schema.PROCESS_OF_LOSS.get(kind, process)) != process:
+  if (due := components.PROCESS_OF_LOSS.get(kind, process)) != process:
     raise ConfigError(f"config.loss.type = {kind!r} needs config.sde.type = {due!r}, got {process!r}")
   if factory.learned(config) is not None and kind != "vdm":
     raise ConfigError(f"config.sde has learned parts, which config.loss.type = {kind!r} does not train: take 'vdm'")

@@ -1,9 +1,9 @@
-"""Data parallelism over the devices of this process: a mesh, two shardings and two launchers.
+"""Data parallelism over the devices of this process: a mesh, two shardings and three launchers.
 
 Parameters are replicated, examples are split along their leading axis. A train step is one global program
 (`jit_train_step`: `jax.jit` over the mesh, XLA inserts the all-reduce); samplers and likelihoods are independent per
 example and may loop adaptively, so every device runs its own program on its own examples (`shard_examples`:
-`jax.shard_map`). Nothing here knows what is trained or sampled.
+`jax.shard_map`; `pmap_examples`: `jax.pmap`). Nothing here knows what is trained or sampled.
 
 Example:
   >>> import jax.numpy as jnp, numpy as np
@@ -125,6 +125,35 @@ def shard_examples(fn: Callable, mesh: Mesh) -> Callable:
     # check_vma=False: the while loops of diffrax carry values whose replication JAX cannot infer.
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=P(DATA_AXIS), check_vma=False)
     return mapped(params, *examples)
+
+  return sharded
+
+
+def pmap_examples(fn: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
+  """`shard_examples` by `jax.pmap`: the same results, for programs that are built on it. Not for use inside jit.
+
+  Args:
+    fn: as for `shard_examples`.
+    devices: the devices to use; all local devices by default.
+
+  Returns:
+    A function of arrays [b, ...] with the same signature.
+
+  Raises:
+    ValueError: (when called) a leading size differs or is not divisible by the number of devices.
+
+  Example:
+    >>> draw = pmap_examples(lambda scale, keys: scale * jax.vmap(jax.random.normal)(keys), jax.local_devices()[:1])
+    >>> draw(2.0, jax.random.split(jax.random.key(0), 4)).shape
+    (4,)
+  """
+  mesh = make_mesh(devices)
+  mapped = jax.pmap(lambda params, examples: fn(params, *examples), in_axes=(None, 0), devices=list(mesh.devices.flat))
+
+  def sharded(params: PyTree, *examples: PyTree) -> Any:
+    _check_divisible(mesh, examples, "examples")
+    split = jax.tree.map(lambda leaf: leaf.reshape(mesh.size, -1, *leaf.shape[1:]), examples)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mapped(params, split))
 
   return sharded
 

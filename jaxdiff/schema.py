@@ -1,111 +1,26 @@
 """What a config may hold: its sections, their fields and types.
 
-A section with a `type` is one component: the tables below give its constructor, and the constructor's signature is the
-schema of the rest. A section without holds the settings of a step of the work. Anything unknown or of another type is
-refused with its path and the nearest valid spelling.
+A section with a `type` is one component: a table of `components` gives its constructor, and the constructor's signature
+is the schema of the rest. A section without holds the settings of a step of the work. Anything unknown or of another
+type is refused with its path and the nearest valid spelling.
 """
 
 import dataclasses
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jaxdiff import ddpm, divergence, likelihood, losses, ncsn, predictions, samplers, schedules, sde
-from jaxdiff.data import sources
-from jaxdiff.models import MLP, UNet
+from jaxdiff import components, likelihood, schedules
+from jaxdiff.components import Constructor, Table
 from jaxdiff.training import make_optimizer
 
 Config = dict[str, Any]
-Constructor = Callable[..., Any]
-Table = Mapping[str, Constructor]
 
-
-def ddpm_chain(steps: int = 1000, schedule: Literal["linear", "cosine"] = "linear") -> ddpm.Chain:
-  """The chain of DDPM; the linear betas of 1000 steps, or so many times larger as there are fewer."""
-  if schedule == "cosine":
-    return ddpm.Chain(ddpm.cosine_betas(steps))
-  return ddpm.Chain(ddpm.linear_betas(steps))
-
-
-def ncsn_chain(levels: int = 10, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ncsn.Chain:
-  """The chain of NCSN with geometric noise levels."""
-  return ncsn.Chain(ncsn.geometric_sigmas(levels, sigma_min, sigma_max))
-
-
-def variance_preserving(
-  gamma_min: float = -13.3,
-  gamma_max: float = 6.0,
-  interior: Literal["straight", "learned"] = "straight",
-  learn_ends: bool = False,
-  width: int = 32,
-) -> sde.VariancePreserving:
-  """The process of a -log-SNR between two ends; what of it is learned is so by the loss `vdm`."""
-  between = {"interior": schedules.monotone_network(width)} if interior == "learned" else {}
-  return sde.VariancePreserving(schedules.Gamma(gamma_min, gamma_max, **between))
-
-
-SOURCES: Table = {
-  "digits": sources.digits,
-  "toy2d": sources.toy2d,
-  "npz": sources.npz,
-  "image_folder": sources.image_folder,
-  "tfds": sources.tfds_source,
-}
-PROCESSES: Table = {
-  "VP": sde.VP,
-  "SubVP": sde.SubVP,
-  "CosineVP": sde.CosineVP,
-  "VE": sde.VE,
-  "EDM": sde.EDM,
-  "VariancePreserving": variance_preserving,
-  "DDPM": ddpm_chain,
-  "NCSN": ncsn_chain,
-}
-PREDICTIONS: Table = {
-  "noise": predictions.noise,
-  "data": predictions.data,
-  "velocity": predictions.velocity,
-  "score": predictions.score,
-  "edm": predictions.edm,
-}
-LOSSES: Table = {
-  "denoising": losses.denoising,
-  "implicit": losses.implicit,
-  "sliced": losses.sliced,
-  "bound": losses.bound,
-  "vdm": losses.vdm,
-  "ncsn": losses.ncsn,
-  "ddpm_simple": losses.ddpm_simple,
-  "ddpm_hybrid": losses.ddpm_hybrid,
-  "ddpm_elbo": losses.ddpm_elbo,
-}
-PROCESS_OF_LOSS: Mapping[str, str] = {
-  "vdm": "VariancePreserving",
-  "ncsn": "NCSN",
-  "ddpm_simple": "DDPM",
-  "ddpm_hybrid": "DDPM",
-  "ddpm_elbo": "DDPM",
-}
 _FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t")
 _FROM_PYTHON = ("decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step")
-WEIGHTS: Table = {
-  "noise": losses.weights.noise,
-  "likelihood": losses.weights.likelihood,
-  "edm": losses.weights.edm,
-  "min_snr": losses.weights.min_snr,
-}
-TIMES: Table = {
-  "uniform": losses.times.uniform,
-  "importance": losses.times.importance,
-  "log_normal": losses.times.log_normal,
-  "fixed": losses.times.fixed,
-}
-NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
-SAMPLERS: Table = {"reverse_sde": samplers.reverse_sde, "probability_flow": samplers.probability_flow}
-DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +38,17 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-  """How many samples to draw, how many at a time, and how many trajectories to show."""
+  """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
+
+  `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
+  """
 
   num: int = 100
   batch_size: int = 100
   trajectories: int = 6
   seed: int = 0
+  threshold: Literal["none", "static", "dynamic"] = "none"
+  gif: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,20 +85,20 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-  "data": Section(SOURCES, given=("split",)),
-  "sde": Section(PROCESSES),
-  "prediction": Section(PREDICTIONS),
-  "loss": Section(LOSSES, given=(*_FROM_PROGRAM, *_FROM_PYTHON), parts={"weight": "weight", "time": "time"}),
-  "loss.weight": Section(WEIGHTS),
-  "loss.time": Section(TIMES),
-  "network": Section(NETWORKS, given=("parent", "name")),
+  "data": Section(components.SOURCES, given=("split",)),
+  "sde": Section(components.PROCESSES),
+  "prediction": Section(components.PREDICTIONS),
+  "loss": Section(components.LOSSES, given=(*_FROM_PROGRAM, *_FROM_PYTHON), parts={"weight": "weight", "time": "time"}),
+  "loss.weight": Section(components.WEIGHTS),
+  "loss.time": Section(components.TIMES),
+  "network": Section(components.NETWORKS, given=("parent", "name")),
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),
-  "sampler": Section(SAMPLERS, given=("sde", "path"), parts={"ts": "grid"}),
+  "sampler": Section(components.SAMPLERS, given=("sde", "forward", "path"), parts={"ts": "grid"}),
   "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
   "likelihood": Section((LikelihoodSettings, likelihood.log_prob), given=("sde",), parts={"divergence": "divergence"}),
-  "likelihood.divergence": Section(DIVERGENCES),
+  "likelihood.divergence": Section(components.DIVERGENCES),
 }
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 

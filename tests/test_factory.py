@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import factory, objectives, schema
+from jaxdiff import components, factory, objectives
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
@@ -62,8 +62,8 @@ def test_identity_ignores_what_does_not_change_the_training(toy):
   assert factory.identity(changed(toy, "train.steps", 7)) != factory.identity(toy)
 
 
-@pytest.mark.parametrize("kind", schema.PROCESSES)
-@pytest.mark.parametrize("prediction", schema.PREDICTIONS)
+@pytest.mark.parametrize("kind", components.PROCESSES)
+@pytest.mark.parametrize("prediction", components.PREDICTIONS)
 def test_every_process_and_prediction_by_name(toy, kind, prediction):
   config = changed(changed(toy, "sde", {"type": kind}), "prediction", {"type": prediction})
   config["network"] |= {"width": 8, "depth": 1}
@@ -127,7 +127,7 @@ def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
     objectives.check(changed(toy, path, value))
 
 
-@pytest.mark.parametrize("kind", schema.PROCESSES)
+@pytest.mark.parametrize("kind", components.PROCESSES)
 def test_shipped_processes_reach_their_prior(toy, kind, recwarn):
   factory.make_process(changed(toy, "sde", {"type": kind}))
   assert not recwarn
@@ -235,7 +235,7 @@ def with_loss(toy, kind):
 
 
 def test_every_loss_of_the_tables_is_tried():
-  assert LOSSES.keys() == schema.LOSSES.keys()
+  assert LOSSES.keys() == components.LOSSES.keys()
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -1,4 +1,4 @@
-"""Pictures of a run: samples, denoising trajectories and the loss, as PNG files."""
+"""Pictures of a run: samples, denoising trajectories and the loss, as PNG files; the path to the samples as a GIF."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 _SMALLEST = 480
+_FRAME, _LAST_FRAME = 60, 2000  # milliseconds
 
 
 def tile(images: Float[np.ndarray, "n h w c"], columns: int) -> np.ndarray:
@@ -39,10 +40,35 @@ def tile(images: Float[np.ndarray, "n h w c"], columns: int) -> np.ndarray:
 
 def save_grid(path: Path, images: Float[np.ndarray, "n h w c"], columns: int) -> None:
   """Write images as a PNG grid, enlarged by a whole factor so that small ones can be seen."""
+  _picture(images, columns).save(path)
+
+
+def _picture(images: np.ndarray, columns: int) -> Image.Image:
   canvas = tile(images, columns)
   factor = max(1, -(-_SMALLEST // max(canvas.shape[:2])))
   canvas = canvas.repeat(factor, axis=0).repeat(factor, axis=1)
-  Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(path)
+  return Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas)
+
+
+def save_animation(path: Path, states: Float[np.ndarray, "k n *d"], columns: int) -> None:
+  """Write the path from the prior to the samples as a GIF: grids of images, or points in the plane."""
+  frames = _clouds(states) if states.shape[2:] == (2,) else [_picture(images, columns) for images in states]
+  durations = [_FRAME] * (len(frames) - 1) + [_LAST_FRAME]
+  frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def _clouds(states: np.ndarray) -> list[Image.Image]:
+  low, high = states[-1].min(axis=0) - 0.5, states[-1].max(axis=0) + 0.5
+  figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
+  points = axis.scatter(*states[0].T, s=3, alpha=0.5, linewidths=0)
+  axis.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+  frames = []
+  for state in states:
+    points.set_offsets(state)
+    figure.canvas.draw()
+    frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+  plt.close(figure)
+  return frames
 
 
 def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[np.ndarray, "m 2"]) -> None:

@@ -1,0 +1,152 @@
+"""What a config can name: constructors by the `type` of their section.
+
+The signature of a constructor is the schema of its section. Where those of the library take other objects than numbers
+and words, the functions here stand in for them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxdiff import ddpm, divergence, losses, ncsn, predictions, samplers, schedules, sde
+from jaxdiff.data import sources
+from jaxdiff.models import MLP, UNet
+
+Constructor = Callable[..., Any]
+Table = Mapping[str, Constructor]
+
+
+def ddpm_chain(steps: int = 1000, schedule: Literal["linear", "cosine"] = "linear") -> ddpm.Chain:
+  """The chain of DDPM; the linear betas of 1000 steps, or so many times larger as there are fewer."""
+  if schedule == "cosine":
+    return ddpm.Chain(ddpm.cosine_betas(steps))
+  return ddpm.Chain(ddpm.linear_betas(steps))
+
+
+def ncsn_chain(levels: int = 10, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ncsn.Chain:
+  """The chain of NCSN with geometric noise levels."""
+  return ncsn.Chain(ncsn.geometric_sigmas(levels, sigma_min, sigma_max))
+
+
+def variance_preserving(
+  gamma_min: float = -13.3,
+  gamma_max: float = 6.0,
+  interior: Literal["straight", "learned"] = "straight",
+  learn_ends: bool = False,
+  width: int = 32,
+) -> sde.VariancePreserving:
+  """The process of a -log-SNR between two ends; what of it is learned is so by the loss `vdm`."""
+  between = {"interior": schedules.monotone_network(width)} if interior == "learned" else {}
+  return sde.VariancePreserving(schedules.Gamma(gamma_min, gamma_max, **between))
+
+
+def ancestral(
+  forward: Any,
+  ts: Float[Array, " n"],
+  variance: Literal["beta", "beta_tilde", "learned"] = "beta_tilde",
+  denoise: bool = False,
+  path: int = 0,
+) -> samplers.FixedGrid:
+  """Ancestral sampling; of a chain over the steps nearest to the grid and on to the data."""
+  if hasattr(forward, "sde"):
+    ts = jnp.asarray(np.unique([0, *np.asarray(forward.index(ts)).tolist()])[::-1])
+  return samplers.ancestral(forward, ts, variance, denoise=denoise, path=path)
+
+
+def annealed_langevin(
+  forward: Any, step_size: float = 2e-5, steps: int = 5, denoise: bool = True, path: int = 0
+) -> samplers.FixedGrid:
+  """Annealed Langevin dynamics over the levels of an NCSN chain."""
+  if not hasattr(forward, "sigmas"):
+    raise ValueError("annealed_langevin walks down the levels of a chain: it needs --config.sde.type=NCSN")
+  return samplers.annealed_langevin(forward, step_size, steps, denoise=denoise, path=path)
+
+
+def predictor_corrector(
+  sde: sde.ScalarSDE,
+  ts: Float[Array, " n"],
+  predictor: Literal["reverse_sde", "reverse_diffusion", "stochastic_heun", "ddim"] = "reverse_diffusion",
+  snr: float = 0.16,
+  corrector_steps: int = 1,
+  denoise: bool = True,
+  path: int = 0,
+) -> samplers.FixedGrid:
+  """A predictor with Langevin steps of a signal-to-noise ratio after each of its steps."""
+  corrector = samplers.langevin_corrector(snr, corrector_steps)
+  return samplers.predictor_corrector(SAMPLERS[predictor](sde, ts), corrector, denoise=denoise, path=path)
+
+
+SOURCES: Table = {
+  "digits": sources.digits,
+  "toy2d": sources.toy2d,
+  "npz": sources.npz,
+  "image_folder": sources.image_folder,
+  "tfds": sources.tfds_source,
+}
+PROCESSES: Table = {
+  "VP": sde.VP,
+  "SubVP": sde.SubVP,
+  "CosineVP": sde.CosineVP,
+  "VE": sde.VE,
+  "EDM": sde.EDM,
+  "VariancePreserving": variance_preserving,
+  "DDPM": ddpm_chain,
+  "NCSN": ncsn_chain,
+}
+PREDICTIONS: Table = {
+  "noise": predictions.noise,
+  "data": predictions.data,
+  "velocity": predictions.velocity,
+  "score": predictions.score,
+  "edm": predictions.edm,
+}
+LOSSES: Table = {
+  "denoising": losses.denoising,
+  "implicit": losses.implicit,
+  "sliced": losses.sliced,
+  "bound": losses.bound,
+  "vdm": losses.vdm,
+  "ncsn": losses.ncsn,
+  "ddpm_simple": losses.ddpm_simple,
+  "ddpm_hybrid": losses.ddpm_hybrid,
+  "ddpm_elbo": losses.ddpm_elbo,
+}
+PROCESS_OF_LOSS: Mapping[str, str] = {
+  "vdm": "VariancePreserving",
+  "ncsn": "NCSN",
+  "ddpm_simple": "DDPM",
+  "ddpm_hybrid": "DDPM",
+  "ddpm_elbo": "DDPM",
+}
+WEIGHTS: Table = {
+  "noise": losses.weights.noise,
+  "likelihood": losses.weights.likelihood,
+  "edm": losses.weights.edm,
+  "min_snr": losses.weights.min_snr,
+}
+TIMES: Table = {
+  "uniform": losses.times.uniform,
+  "importance": losses.times.importance,
+  "log_normal": losses.times.log_normal,
+  "fixed": losses.times.fixed,
+}
+NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
+SAMPLERS: Table = {
+  "reverse_sde": samplers.reverse_sde,
+  "reverse_diffusion": samplers.reverse_diffusion,
+  "stochastic_heun": samplers.stochastic_heun,
+  "adaptive_sde": samplers.adaptive_sde,
+  "predictor_corrector": predictor_corrector,
+  "annealed_langevin": annealed_langevin,
+  "ancestral": ancestral,
+  "ddim": samplers.ddim,
+  "dpm_solver": samplers.dpm_solver,
+  "dpm_solver_pp": samplers.dpm_solver_pp,
+  "unipc": samplers.unipc,
+  "edm": samplers.edm,
+  "probability_flow": samplers.probability_flow,
+}
+DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
