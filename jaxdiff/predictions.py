@@ -274,16 +274,22 @@ def score_of(log_density: Callable[..., Array]) -> Network:
   if not callable(log_density):
     raise TypeError(f"log_density must be a function (x, t, **cond) -> [b], got {type(log_density).__name__}")
 
-  def network(x: State, t: Time, /, **cond: Array) -> State:
-    def total(x: State) -> Array:
-      value = log_density(x, t, **cond)
-      if value.shape != x.shape[:1]:
-        raise ValueError(f"log_density must return one number per example, {x.shape[:1]}; got shape {value.shape}")
-      return jnp.sum(value)
+  return lambda x, t, /, **cond: log_density_and_score(log_density, x, t, cond)[1]
 
-    return jax.grad(total)(x)
 
-  return network
+def log_density_and_score(
+  log_density: Callable[..., Array], x: State, t: Time, cond: Any
+) -> tuple[Float[Array, " b"], State]:
+  """The log-density and its gradient with respect to x, at the cost of the gradient."""
+
+  def total(x: State) -> tuple[Array, Array]:
+    value = log_density(x, t, **cond)
+    if value.shape != x.shape[:1]:
+      raise ValueError(f"log_density must return one number per example, {x.shape[:1]}; got shape {value.shape}")
+    return jnp.sum(value), value
+
+  gradient, value = jax.grad(total, has_aux=True)(x)
+  return value, gradient
 
 
 def denoised(sde: ScalarSDE, score: ScoreFn, x: State, t: Time, **cond: Array) -> State:

@@ -1,7 +1,16 @@
 """Samplers: factories of `sampler(key, x_T, score, cond={}) -> Sample(x, nfe, path, status)`."""
 
+from jaxdiff.samplers.adaptive_sde import adaptive_sde as adaptive_sde
+from jaxdiff.samplers.langevin import annealed_langevin as annealed_langevin
+from jaxdiff.samplers.langevin import langevin as langevin
+from jaxdiff.samplers.langevin import mala as mala
+from jaxdiff.samplers.predictor_corrector import Corrector as Corrector
+from jaxdiff.samplers.predictor_corrector import langevin_corrector as langevin_corrector
+from jaxdiff.samplers.predictor_corrector import predictor_corrector as predictor_corrector
 from jaxdiff.samplers.probability_flow import interpolate as interpolate
 from jaxdiff.samplers.probability_flow import probability_flow as probability_flow
 from jaxdiff.samplers.probability_flow import probability_flow_encode as probability_flow_encode
+from jaxdiff.samplers.reverse_sde import reverse_diffusion as reverse_diffusion
 from jaxdiff.samplers.reverse_sde import reverse_sde as reverse_sde
+from jaxdiff.samplers.reverse_sde import stochastic_heun as stochastic_heun
 from jaxdiff.samplers.thresholding import thresholded as thresholded

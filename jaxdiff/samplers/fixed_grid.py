@@ -83,7 +83,7 @@ class FixedGrid:
   path: int = 0
 
   def __post_init__(self) -> None:
-    _check_path(self.path, len(self.ts) - 1)
+    check_path(self.path, len(self.ts) - 1)
     if self.denoise:
       checks.made("sde", self.sde, ScalarSDE)
       check_noise(self.sde, self.ts[-1], "denoise=True")
@@ -91,43 +91,71 @@ class FixedGrid:
   def __call__(self, key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
     checks.batch("x_T", x_T, cond)
     checks.made("score", score)
-    batch, steps = len(x_T), len(self.ts) - 1
-    example = keys.per_example(key, batch)
     field = Field(self.sde, score, dict(cond))
-
-    def step(carry: tuple[Array, Any, Array], node: tuple[Array, Any]) -> tuple[tuple[Array, Any, Array], None]:
-      x, memory, good = carry
-      i, interval = node
-      x, memory = self.method.step(field, x, memory, interval, keys.fold_in(example, i))
-      return (x, memory, jnp.where(_finite(x) & (good == i), good + 1, good)), None
-
-    def leg(carry: Any, nodes: Any) -> tuple[Any, Array]:
-      carry, _ = jax.lax.scan(step, carry, nodes)
-      return carry, carry[0]
-
-    nodes = jnp.arange(steps), self.method.nodes
-    carry = x_T, self.method.memory(x_T), jnp.zeros(batch, nodes[0].dtype)
-    states = None
-    if self.path:
-      legs = jax.tree.map(lambda leaf: leaf.reshape(-1, int(self.path), *leaf.shape[1:]), nodes)
-      carry, states = jax.lax.scan(leg, carry, legs)
-      states = jnp.concatenate([x_T[None], states])
-    else:
-      carry, _ = jax.lax.scan(step, carry, nodes)
-    x, _, good = carry
-    if self.denoise:
-      x = field.denoised(x, self.ts[-1])
-      states = states if states is None else states.at[-1].set(x)
-    code = jnp.where((good == steps) & _finite(x), status.SUCCESS, status.NON_FINITE)
-    nfe = jnp.full(batch, self.method.nfe + int(self.denoise))
-    return Sample(x, nfe, states, Status(code, good, jnp.zeros_like(good)))
+    run = scan_steps(field, self.method, len(self.ts) - 1, self.path, key, x_T)
+    sample = report(run.x, run.path, run.good, run.good == len(self.ts) - 1, self.method.nfe)
+    return replace_last(sample, field.denoised(run.x, self.ts[-1])) if self.denoise else sample
 
 
-def _finite(x: State) -> Array:
+class Run(NamedTuple):
+  """What `scan_steps` returns: the last state and memory, the path or None, how many steps stayed finite `[b]`."""
+
+  x: State
+  memory: Any
+  path: Array | None
+  good: Array
+
+
+def scan_steps(field: Any, method: Method, steps: int, path: int, key: Keys, x_T: State) -> Run:
+  """Run the steps of a method; step i of an example has the key `fold_in(key of the example, i)`."""
+  example = keys.per_example(key, len(x_T))
+
+  def step(carry: tuple[Array, Any, Array], node: tuple[Array, Any]) -> tuple[tuple[Array, Any, Array], None]:
+    x, memory, good = carry
+    i, interval = node
+    x, memory = method.step(field, x, memory, interval, keys.fold_in(example, i))
+    return (x, memory, jnp.where(finite(x) & (good == i), good + 1, good)), None
+
+  def leg(carry: Any, nodes: Any) -> tuple[Any, Array]:
+    carry, _ = jax.lax.scan(step, carry, nodes)
+    return carry, carry[0]
+
+  nodes = jnp.arange(steps), method.nodes
+  carry = x_T, method.memory(x_T), jnp.zeros(len(x_T), nodes[0].dtype)
+  states = None
+  if path:
+    legs = jax.tree.map(lambda leaf: leaf.reshape(-1, int(path), *leaf.shape[1:]), nodes)
+    carry, states = jax.lax.scan(leg, carry, legs)
+    states = jnp.concatenate([x_T[None], states])
+  else:
+    carry, _ = jax.lax.scan(step, carry, nodes)
+  x, memory, good = carry
+  return Run(x, memory, states, good)
+
+
+def report(
+  x: State, path: Array | None, accepted: Array, success: Array, nfe: int, rejected: Array | None = None
+) -> Sample:
+  """A sample whose examples without success have met a value that is not finite."""
+  code = jnp.where(success & finite(x), status.SUCCESS, status.NON_FINITE)
+  rejected = jnp.zeros_like(accepted) if rejected is None else rejected
+  return Sample(x, jnp.full(len(x), nfe), path, Status(code, accepted, rejected))
+
+
+def replace_last(sample: Sample, x: State) -> Sample:
+  """The sample with x, which took one more evaluation, for its last state."""
+  code = jnp.where(finite(x), sample.status.code, status.NON_FINITE)
+  path = sample.path if sample.path is None else sample.path.at[-1].set(x)
+  return Sample(x, sample.nfe + 1, path, sample.status._replace(code=code))
+
+
+def finite(x: State) -> Array:
+  """Which examples hold finite values only, `[b]`."""
   return jnp.all(jnp.isfinite(x), axis=range(1, x.ndim))
 
 
-def _check_path(path: int, steps: int) -> None:
+def check_path(path: int, steps: int) -> None:
+  """Refuse a path that is no integer, or does not divide the number of steps."""
   checks.whole("path", int(path) if isinstance(path, bool) else path, 0, "every how many steps a state is kept")
   if path and steps % path:
     raise ValueError(f"path must divide the number of steps, {steps}; got {path}")
