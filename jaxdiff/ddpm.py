@@ -65,6 +65,29 @@ def cosine_betas(steps: int, offset: float = 0.008, largest: float = 0.999) -> F
   return jnp.asarray(np.minimum(betas, largest), jnp.result_type(float))
 
 
+def remaining_variance(alpha: Coefficient, sigma: Coefficient, data_variance: ArrayLike) -> Coefficient:
+  """mean_c [ c sigma^2 / (alpha^2 c + sigma^2) ]: the variance that x_0 still has when x_t is known, for Gaussian data.
+
+  Args:
+    alpha: of any shape.
+    sigma: of the same shape.
+    data_variance: eigenvalues c `[k]` of the covariance of the data, or one for all.
+
+  Returns:
+    The mean over the coordinates, of the shape of alpha.
+
+  Raises:
+    ValueError: for negative eigenvalues, or more than one axis.
+  """
+  eigenvalues = jnp.atleast_1d(jnp.asarray(data_variance, sigma.dtype))
+  if eigenvalues.ndim > 1:
+    raise ValueError(f"data_variance must be a number or eigenvalues [k], got the shape {eigenvalues.shape}")
+  if not isinstance(eigenvalues, jax.core.Tracer) and np.any(np.asarray(eigenvalues) < 0):
+    raise ValueError(f"data_variance must not be negative, got {data_variance}")
+  c = eigenvalues.reshape((1,) * alpha.ndim + (-1,))
+  return jnp.mean(c * sigma[..., None] ** 2 / (alpha[..., None] ** 2 * c + sigma[..., None] ** 2), axis=-1)
+
+
 def _check_betas(betas: np.ndarray) -> None:
   if betas.ndim != 1 or betas.size < 1:
     raise ValueError(f"betas must have the shape [T] with T >= 1, got {betas.shape}")
@@ -199,16 +222,9 @@ class Chain:
     References:
       Bao et al. 2022, Analytic-DPM, Theorem 1, with the expected squared score of Gaussian data.
     """
-    eigenvalues = jnp.atleast_1d(jnp.asarray(data_variance, self.betas.dtype))
-    if eigenvalues.ndim > 1:
-      raise ValueError(f"data_variance must be a number or eigenvalues [k], got the shape {eigenvalues.shape}")
-    if not isinstance(eigenvalues, jax.core.Tracer) and np.any(np.asarray(eigenvalues) < 0):
-      raise ValueError(f"data_variance must not be negative, got {data_variance}")
     alpha, sigma = self.marginal(t)
-    c = eigenvalues.reshape((1,) * alpha.ndim + (-1,))
-    left = jnp.mean(c * sigma[..., None] ** 2 / (alpha[..., None] ** 2 * c + sigma[..., None] ** 2), axis=-1)
     of_data = self.marginal(jnp.asarray(t) - 1)[0] * self._beta(t) / sigma**2
-    return self.variance("beta_tilde", t) + of_data**2 * left
+    return self.variance("beta_tilde", t) + of_data**2 * remaining_variance(alpha, sigma, data_variance)
 
   def time(self, t: Step) -> Coefficient:
     """t / T, the time of this step in the process `sde()`."""

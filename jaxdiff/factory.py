@@ -274,12 +274,14 @@ def make_apply(config: Config) -> Callable[..., jax.Array]:
 
 def make_score(config: Config) -> Callable[[Any], Any]:
   """From the parameters of the run to the score that the network is with them."""
-  apply, prediction = make_apply(config), make_prediction(config)
+  module, prediction = make_network(config), make_prediction(config)
+  learned_variance = getattr(module, "parts", 1) == 2
+  apply = module.apply if learned_variance else make_apply(config)
   fixed = make_process(config)
 
   def score(params: Any) -> Any:
     process = fixed if learned(config) is None else make_process(config, params)
-    return predictions.score_fn(apply, network_params(config, params), process, prediction)
+    return predictions.score_fn(apply, network_params(config, params), process, prediction, learned_variance)
 
   return score
 

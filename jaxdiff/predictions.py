@@ -193,7 +193,17 @@ def checked_output(output: Any, x: State, parts: int = 1) -> Array:
   return output.astype(x.dtype)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "sde"], meta_fields=["apply", "prediction"])
+_NO_VARIANCE = (
+  "the score says nothing of the variance of a reverse step: give a network of twice the channels, read by "
+  "score_fn(..., learned_variance=True)"
+)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["params", "sde"],
+  meta_fields=["apply", "prediction", "learned_variance"],
+)
 @dataclass(frozen=True)
 class _Model:
   """A network read as a score; a pytree whose leaves are the parameters and the numbers of the process."""
@@ -202,21 +212,31 @@ class _Model:
   params: Params
   sde: ScalarSDE
   prediction: Prediction
+  learned_variance: bool = False
 
   def __call__(self, x: State, t: Time, /, **cond: Array) -> State:
-    return self._read(self.prediction.to_score, x, t, cond)
+    return self._read(self.prediction.to_score, x, t, cond)[0]
 
   def denoised(self, x: State, t: Time, /, **cond: Array) -> State:
-    return self._read(self.prediction.to_denoised, x, t, cond)
+    return self._read(self.prediction.to_denoised, x, t, cond)[0]
 
-  def _read(self, convert: Callable[..., Array], x: State, t: Time, cond: Any) -> State:
-    t = batch_time(t, x)
+  def denoised_and_v(self, x: State, t: Time, /, **cond: Array) -> tuple[State, State]:
+    if not self.learned_variance:
+      raise TypeError(_NO_VARIANCE)
+    value, (variance,) = self._read(self.prediction.to_denoised, x, t, cond)
+    return value, 0.5 * (variance + 1)
+
+  def _read(self, convert: Callable[..., Array], x: State, t: Time, cond: Any) -> tuple[State, list[State]]:
+    t, parts = batch_time(t, x), 1 + self.learned_variance
     alpha, sigma = self.sde.marginal(t)
-    output = call_at(functools.partial(self.apply, self.params), self.prediction, x, t, alpha, sigma, cond)
-    return convert(x, output, expand(alpha, x), expand(sigma, x))
+    network = functools.partial(self.apply, self.params)
+    output, *rest = jnp.split(call_at(network, self.prediction, x, t, alpha, sigma, cond, parts), parts, axis=-1)
+    return convert(x, output, expand(alpha, x), expand(sigma, x)), rest
 
 
-def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, prediction: Prediction) -> _Model:
+def score_fn(
+  apply: Callable[..., Array], params: Params, sde: ScalarSDE, prediction: Prediction, learned_variance: bool = False
+) -> _Model:
   """Read a network as a score: the only adapter between networks and the library.
 
   Args:
@@ -225,13 +245,17 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, predic
     sde: a process with scalar marginals.
     prediction: what the output means: `predictions.noise()`, `data()`, `velocity()`, `score()`, `edm(sigma_data)`; all
       but the last take `log_snr_time=True` to give the network log(sigma / alpha) / 4 for t.
+    learned_variance: whether the network returns twice the channels (the last axis), the second half 2 v - 1 for the
+      variance of a reverse step, as `losses.ddpm_hybrid` trains it.
 
   Returns:
     A callable pytree `score(x, t, **cond) -> [b, *d]`; `score.denoised(x, t, **cond)` is E[x_0 | x_t], straight from
-    the output (through the score it would lose up to 1e-4 in float32 where alpha is small).
+    the output (through the score it would lose up to 1e-4 in float32 where alpha is small), and
+    `score.denoised_and_v(x, t, **cond)` is that and v `[b, *d]`, of one evaluation, where the variance is learned.
 
   Raises:
-    TypeError: if the process is no pytree, or a factory was given where what it makes is due.
+    TypeError: if the process is no pytree, or a factory was given where what it makes is due; when `denoised_and_v` is
+      called of a score without a learned variance.
     ValueError, TypeError: when called, if the network returns another shape than x or an integer type.
 
   Example:
@@ -248,7 +272,7 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: ScalarSDE, predic
       f"sde must be a pytree, so that the score may pass through jit; {type(sde).__name__} is none: put "
       "@jax.tree_util.register_dataclass and @dataclass(frozen=True) on it"
     )
-  return _Model(apply, params, sde, prediction)
+  return _Model(apply, params, sde, prediction, bool(learned_variance))
 
 
 def score_of(log_density: Callable[..., Array]) -> Network:
@@ -300,6 +324,18 @@ def denoised(sde: ScalarSDE, score: ScoreFn, x: State, t: Time, **cond: Array) -
   t = batch_time(t, x)
   alpha, sigma = (expand(value, x) for value in sde.marginal(t))
   return (x + sigma**2 * score(x, t, **cond)) / alpha
+
+
+def denoised_and_v(score: ScoreFn, x: State, t: Time, **cond: Array) -> tuple[State, State]:
+  """E[x_0 | x_t] and the v of the variance of a reverse step, each `[b, *d]`, of one evaluation of the network.
+
+  Raises:
+    TypeError: for a score that says nothing of the variance.
+  """
+  both = getattr(score, "denoised_and_v", None)
+  if both is None:
+    raise TypeError(_NO_VARIANCE)
+  return both(x, t, **cond)
 
 
 def noise_factor(prediction: Prediction, alpha: Array, sigma: Array) -> Array:

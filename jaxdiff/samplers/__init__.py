@@ -1,6 +1,9 @@
 """Samplers: factories of `sampler(key, x_T, score, cond={}) -> Sample(x, nfe, path, status)`."""
 
 from jaxdiff.samplers.adaptive_sde import adaptive_sde as adaptive_sde
+from jaxdiff.samplers.ancestral import ancestral as ancestral
+from jaxdiff.samplers.ddim import ddim as ddim
+from jaxdiff.samplers.ddim import ddim_encode as ddim_encode
 from jaxdiff.samplers.langevin import annealed_langevin as annealed_langevin
 from jaxdiff.samplers.langevin import langevin as langevin
 from jaxdiff.samplers.langevin import mala as mala

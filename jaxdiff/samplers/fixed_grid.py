@@ -35,6 +35,11 @@ class Field(NamedTuple):
     """E[x_0 | x_t = x]."""
     return _like(x, predictions.denoised(self.sde, self.network, x, batch_time(t, x), **self.cond))
 
+  def denoised_and_v(self, x: State, t: Time) -> tuple[State, State]:
+    """E[x_0 | x_t = x] and the v of a learned variance, of one evaluation."""
+    value, v = predictions.denoised_and_v(self.network, x, batch_time(t, x), **self.cond)
+    return _like(x, value), _like(x, v)
+
 
 def _like(x: State, value: Any) -> State:
   """What the score gave for x, refused unless it is of its shape; in its type."""
