@@ -4,6 +4,9 @@ from jaxdiff.samplers.adaptive_sde import adaptive_sde as adaptive_sde
 from jaxdiff.samplers.ancestral import ancestral as ancestral
 from jaxdiff.samplers.ddim import ddim as ddim
 from jaxdiff.samplers.ddim import ddim_encode as ddim_encode
+from jaxdiff.samplers.dpm_solver import dpm_solver as dpm_solver
+from jaxdiff.samplers.dpm_solver_pp import dpm_solver_pp as dpm_solver_pp
+from jaxdiff.samplers.edm import edm as edm
 from jaxdiff.samplers.langevin import annealed_langevin as annealed_langevin
 from jaxdiff.samplers.langevin import langevin as langevin
 from jaxdiff.samplers.langevin import mala as mala
@@ -17,3 +20,4 @@ from jaxdiff.samplers.reverse_sde import reverse_diffusion as reverse_diffusion
 from jaxdiff.samplers.reverse_sde import reverse_sde as reverse_sde
 from jaxdiff.samplers.reverse_sde import stochastic_heun as stochastic_heun
 from jaxdiff.samplers.thresholding import thresholded as thresholded
+from jaxdiff.samplers.unipc import unipc as unipc
