@@ -276,7 +276,7 @@ def make_score(config: Config) -> Callable[[Any], Any]:
   """From the parameters of the run to the score that the network is with them."""
   module, prediction = make_network(config), make_prediction(config)
   learned_variance = getattr(module, "parts", 1) == 2
-  apply = module.apply if learned_variance else make_apply(config)
+  apply: Callable[..., Any] = module.apply if learned_variance else make_apply(config)
   fixed = make_process(config)
 
   def score(params: Any) -> Any:

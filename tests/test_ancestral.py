@@ -99,9 +99,7 @@ def test_all_steps_are_the_default():
     assert sample.nfe[0] == chain.steps
     assert sampler.ts.shape == (chain.steps + 1,)
     assert jnp.all((sampler.ts >= 0) & (sampler.ts <= 1))
-    np.testing.assert_array_equal(
-      sample.x, jd.samplers.ancestral(chain, range(chain.steps, -1, -1))(key, x, score).x
-    )
+    np.testing.assert_array_equal(sample.x, jd.samplers.ancestral(chain, range(chain.steps, -1, -1))(key, x, score).x)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde", "optimal"])

@@ -13,6 +13,7 @@ from jaxdiff.data.transforms import to_uint8
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 _SMALLEST = 480
 _FRAME, _LAST_FRAME = 60, 2000  # milliseconds
@@ -60,13 +61,14 @@ def save_animation(path: Path, states: Float[np.ndarray, "k n *d"], columns: int
 def _clouds(states: np.ndarray) -> list[Image.Image]:
   low, high = states[-1].min(axis=0) - 0.5, states[-1].max(axis=0) + 0.5
   figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
-  points = axis.scatter(*states[0].T, s=3, alpha=0.5, linewidths=0)
+  canvas = FigureCanvasAgg(figure)
+  points = axis.scatter(states[0, :, 0], states[0, :, 1], s=3, alpha=0.5, linewidths=0)
   axis.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
   frames = []
   for state in states:
     points.set_offsets(state)
-    figure.canvas.draw()
-    frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+    canvas.draw()
+    frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
   plt.close(figure)
   return frames
 

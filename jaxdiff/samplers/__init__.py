@@ -7,6 +7,9 @@ from jaxdiff.samplers.ddim import ddim_encode as ddim_encode
 from jaxdiff.samplers.dpm_solver import dpm_solver as dpm_solver
 from jaxdiff.samplers.dpm_solver_pp import dpm_solver_pp as dpm_solver_pp
 from jaxdiff.samplers.edm import edm as edm
+from jaxdiff.samplers.fixed_grid import Field as Field
+from jaxdiff.samplers.fixed_grid import FixedGrid as FixedGrid
+from jaxdiff.samplers.fixed_grid import Method as Method
 from jaxdiff.samplers.langevin import annealed_langevin as annealed_langevin
 from jaxdiff.samplers.langevin import langevin as langevin
 from jaxdiff.samplers.langevin import mala as mala

@@ -84,7 +84,7 @@ def adaptive_sde(
     True
   """
   checks.made("sde", sde, ScalarSDE)
-  flow.check_tolerances(rtol, atol, max_steps)
+  flow.check_solver(rtol, atol, 5, max_steps)
   end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   with jax.ensure_compile_time_eval():
     start = float_time(sde.t1)

@@ -28,9 +28,7 @@ from jaxdiff.sde import ScalarSDE, expand
 from jaxdiff.typing import Scalar, State
 
 
-def ddim(
-  sde: ScalarSDE, ts: Float[Array, " n"], eta: Scalar = 0.0, denoise: bool = False, path: int = 0
-) -> FixedGrid:
+def ddim(sde: ScalarSDE, ts: Float[Array, " n"], eta: Scalar = 0.0, denoise: bool = False, path: int = 0) -> FixedGrid:
   """Sampler by DDIM steps, eq. (1).
 
   Args:
