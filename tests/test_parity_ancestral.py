@@ -72,11 +72,14 @@ def start_and_noise(steps):
 
 
 def check(found, expected):
-  print("relative difference", np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
   assert np.max(np.abs(found - expected)) <= 1e-5 * np.max(np.abs(expected))
 
 
-PREDICTIONS = {"epsilon": jd.predictions.noise(), "sample": jd.predictions.data(), "v_prediction": jd.predictions.velocity()}
+PREDICTIONS = {
+  "epsilon": jd.predictions.noise(),
+  "sample": jd.predictions.data(),
+  "v_prediction": jd.predictions.velocity(),
+}
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)

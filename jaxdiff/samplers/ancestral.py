@@ -126,9 +126,7 @@ def _chain_grid(chain: Chain, ts: Any, denoise: bool) -> tuple[ScalarSDE, Array,
   if not isinstance(ts, jax.core.Tracer):
     ts = _checked_steps(ts, chain.steps)
     if denoise and ts[-1] == 0:
-      raise ValueError(
-        "denoise=True needs noise at the last step, but step 0 is the data: end ts at 1"
-      )
+      raise ValueError("denoise=True needs noise at the last step, but step 0 is the data: end ts at 1")
   with jax.ensure_compile_time_eval():
     ts = jnp.asarray(ts)
     # The data of `ncsn.Chain`, level 0, lie outside its process; no network is called there.
