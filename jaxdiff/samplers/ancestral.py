@@ -83,17 +83,16 @@ def ancestral(
   _check_variance(variance, data_variance)
   sde, times, at = _chain_grid(process, ts, denoise) if hasattr(process, "sde") else _sde_grid(process, ts)
   with jax.ensure_compile_time_eval():
-    fresh = fresh_part(at)
-    of_state = at.alpha / at.alpha_next * (at.sigma_next / at.sigma) ** 2
-    of_data = at.alpha_next * fresh
-    std = at.sigma_next * jnp.sqrt(fresh)
+    ratio = snr_ratio(at)
+    fresh = (1 - ratio) * (1 + ratio)
+    of_state, of_data, std = ratio * (at.sigma_next / at.sigma), at.alpha_next * fresh, at.sigma_next * jnp.sqrt(fresh)
     noisy = at.sigma_next > 0
     widen = jnp.where(noisy, jnp.log(at.sigma / jnp.where(noisy, at.sigma_next, at.sigma)), 0.0)
     if variance == "beta":
       std = std * jnp.exp(widen)
-    elif variance == "optimal":
-      left = remaining_variance(at.alpha, at.sigma, 0.0 if data_variance is None else data_variance)
-      std = jnp.where(noisy, jnp.sqrt(std**2 + of_data**2 * left), 0.0)
+    elif data_variance is not None:
+      left = remaining_variance(at.alpha, at.sigma, data_variance)
+      std = jnp.sqrt(jnp.where(noisy, std**2 + of_data**2 * left, 0.0))
 
   def step(field: Field, x: State, memory: Any, node: tuple[Array, ...], noise: Key[Array, " b"]) -> Any:
     t, of_state, of_data, std, widen = node
@@ -108,14 +107,9 @@ def ancestral(
   return FixedGrid(sde, times, Method(step, (at.t, of_state, of_data, std, widen), len(times) - 1), denoise, path)
 
 
-def log_snr_change(at: Intervals) -> Float[Array, " steps"]:
-  """log(alpha_t / sigma_t) - log(alpha_s / sigma_s), below 0; -inf for a step that ends at sigma_s = 0."""
-  return jnp.log(at.alpha / at.alpha_next) + jnp.log(at.sigma_next / at.sigma)
-
-
-def fresh_part(at: Intervals) -> Float[Array, " steps"]:
-  """beta / sigma_t^2: how much of the noise at the start of a step is not there at its end; without cancellation."""
-  return -jnp.expm1(2 * log_snr_change(at))
+def snr_ratio(at: Intervals) -> Float[Array, " steps"]:
+  """r = (alpha_t sigma_s) / (alpha_s sigma_t) in [0, 1): beta = sigma_t^2 (1 - r) (1 + r); 0 where sigma_s is 0."""
+  return at.alpha / at.alpha_next * (at.sigma_next / at.sigma)
 
 
 def _check_variance(variance: Any, data_variance: Any) -> None:
@@ -132,9 +126,7 @@ def _chain_grid(chain: Chain, ts: Any, denoise: bool) -> tuple[ScalarSDE, Array,
   if not isinstance(ts, jax.core.Tracer):
     ts = _checked_steps(ts, chain.steps)
     if denoise and ts[-1] == 0:
-      raise ValueError(
-        "denoise=True needs noise at the last step, but step 0 is the data: end ts at 1, or leave it out"
-      )
+      raise ValueError("denoise=True needs noise at the last step, but step 0 is the data: end ts at 1")
   with jax.ensure_compile_time_eval():
     ts = jnp.asarray(ts)
     # The data of `ncsn.Chain`, level 0, lie outside its process; no network is called there.

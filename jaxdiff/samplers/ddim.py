@@ -22,7 +22,7 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from jaxdiff import checks, keys
-from jaxdiff.samplers.ancestral import fresh_part, log_snr_change
+from jaxdiff.samplers.ancestral import snr_ratio
 from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Method, check_grid, check_noise, intervals
 from jaxdiff.sde import ScalarSDE, expand
 from jaxdiff.typing import Scalar, State
@@ -60,11 +60,11 @@ def ddim(sde: ScalarSDE, ts: Float[Array, " n"], eta: Scalar = 0.0, denoise: boo
   noisy = isinstance(eta, jax.core.Tracer) or float(eta) > 0
   at = intervals(sde, ts)
   with jax.ensure_compile_time_eval():
-    change = log_snr_change(at)
-    kept = (1 - eta**2) + eta**2 * jnp.exp(2 * change)
+    ratio = snr_ratio(at)
+    kept = jnp.where(ratio > 0, (1 - eta**2) + (eta * ratio) ** 2, 1.0)
     of_state = at.sigma_next / at.sigma * jnp.sqrt(kept)
-    of_data = -at.alpha_next * jnp.expm1(change + 0.5 * jnp.log(kept))
-    std = eta * at.sigma_next * jnp.sqrt(fresh_part(at))
+    of_data = at.alpha_next * (1 - ratio * jnp.sqrt(kept))
+    std = eta * at.sigma_next * jnp.sqrt((1 - ratio) * (1 + ratio))
 
   def step(field: Field, x: State, memory: Any, node: tuple[Array, ...], noise: Key[Array, " b"]) -> Any:
     t, of_state, of_data, std = node
@@ -109,7 +109,7 @@ def ddim_encode(sde: ScalarSDE, ts: Float[Array, " n"], path: int = 0) -> FixedG
   with jax.ensure_compile_time_eval():
     # With eps = -sigma_s score, which D would lose where sigma_s is small: x and alpha_s D have the same digits there.
     of_state = at.alpha / at.alpha_next
-    of_score = at.sigma_next * at.sigma * jnp.expm1(log_snr_change(at))
+    of_score = at.sigma_next * at.sigma * (snr_ratio(at) - 1)
     nodes = jax.tree.map(lambda leaf: leaf[::-1], (at.t_next, of_state, of_score))
 
   def step(field: Field, x: State, memory: Any, node: tuple[Array, ...], noise: Key[Array, " b"]) -> Any:
