@@ -11,7 +11,7 @@ exactly but for eps: u_i = alpha_i / alpha x - sigma_i (exp(h_i) - 1) eps(x, t) 
     order 3    ... - sigma_next ((exp(h) - 1) / h - 1) / r_2 (eps(u_2) - eps),         r_1 = 1 / 3, r_2 = 2 / 3      (4)
                u_2 = .. - sigma_2 r_2 / r_1 ((exp(h_2) - 1) / h_2 - 1) (eps(u_1) - eps)
 
-r_i are those of the times at which the network is asked, so nothing rests on an exact inverse of the log-SNR.
+r_i are those of the times at which the network is asked: rounding in the inverse of the log-SNR does no harm.
 
 References:
   Lu et al. 2022, DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps, eq. 3.7,
@@ -99,15 +99,19 @@ def _stages(sde: ScalarSDE, ends: Intervals, fractions: tuple[float, ...]) -> li
   log_snr = 2 * (jnp.log(ends.alpha) - jnp.log(ends.sigma))
   h = exponential.log_snr_steps(ends)
   times = [sde.time_of_log_snr(log_snr + 2 * fraction * h) for fraction in fractions]
-  points = [(t, *sde.marginal(t)) for t in times]
-  starts = [(ends.t, ends.alpha, ends.sigma), *points]
-  stages, r = [], jnp.ones_like(h)
-  for (t, _, sigma), (t_to, alpha_to, sigma_to) in zip(
-    starts, [*points, (ends.t_next, ends.alpha_next, ends.sigma_next)], strict=True
-  ):
-    h_to = exponential.log_snr_steps(ends._replace(t_next=t_to, alpha_next=alpha_to, sigma_next=sigma_to))
+  points = [(ends.t, ends.alpha, ends.sigma), *((t, *sde.marginal(t)) for t in times)]
+  return _coefficients(ends, points)
+
+
+@jax.jit
+def _coefficients(ends: Intervals, points: list[tuple[Array, Array, Array]]) -> list[_Stage]:
+  """What leads from every point (t, alpha, sigma) at which the network is asked to the next, and to the end."""
+  h, r, stages = exponential.log_snr_steps(ends), jnp.ones_like(ends.t), []
+  targets = [*points[1:], (ends.t_next, ends.alpha_next, ends.sigma_next)]
+  for (t, _, sigma), (_, alpha_to, sigma_to) in zip(points, targets, strict=True):
+    h_to = exponential.log_snr_steps(ends._replace(alpha_next=alpha_to, sigma_next=sigma_to))
     of_first = alpha_to * ends.sigma / ends.alpha * -jnp.expm1(-h_to)
-    slope = jnp.expm1(h_to) / 2 if len(fractions) == 1 else -exponential.moments(-h_to, 2)[1]
-    stages.append(_Stage(t, sigma, alpha_to / ends.alpha, of_first, sigma_to * slope * (h_to / h) / r))
+    bend = jnp.expm1(h_to) / 2 if len(points) == 2 else -exponential.moments(-h_to, 2)[1]
+    stages.append(_Stage(t, sigma, alpha_to / ends.alpha, of_first, sigma_to * bend * (h_to / h) / r))
     r = h_to / h
   return stages

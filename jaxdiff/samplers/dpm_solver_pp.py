@@ -21,6 +21,7 @@ References:
   Section 5 and Appendix A for the SDE.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -30,7 +31,7 @@ from jaxtyping import Float, Key
 
 from jaxdiff import checks, keys
 from jaxdiff.samplers import exponential
-from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Method, check_grid, intervals
+from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Intervals, Method, check_grid, intervals
 from jaxdiff.sde import ScalarSDE, expand
 from jaxdiff.typing import Scalar, State
 
@@ -86,13 +87,9 @@ def dpm_solver_pp(
   checks.made("sde", sde, ScalarSDE)
   ts = check_grid(ts, sde.t1)
   _check_options(eta, coefficients)
-  ends = intervals(sde, ts)
+  exponential.check_multistep_order(order, len(ts) - 1)
   with jax.ensure_compile_time_eval():
-    orders = exponential.step_orders(order, ends, lower_order_final)
-    h = exponential.log_snr_steps(ends)
-    keep = ends.sigma_next / ends.sigma * jnp.exp(-(eta**2) * h)
-    weights = ends.alpha_next[:, None] * _weights(h, (1 + eta**2) * h, orders, order, coefficients)
-    spread = ends.sigma_next * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h))
+    nodes = _nodes(intervals(sde, ts), eta, int(order), bool(lower_order_final), coefficients)
   noisy = isinstance(eta, jax.core.Tracer) or eta != 0
 
   def step(field: Field, x: State, memory: Any, node: Any, noise: Key[Array, " b"]) -> Any:
@@ -104,15 +101,21 @@ def dpm_solver_pp(
     return x, values[:-1]
 
   memory = lambda x: (jnp.zeros_like(x),) * (order - 1)
-  return FixedGrid(sde, ts, Method(step, (ends.t, keep, weights, spread), len(ts) - 1, memory), denoise, path)
+  return FixedGrid(sde, ts, Method(step, nodes, len(ts) - 1, memory), denoise, path)
 
 
-def _weights(h: Array, H: Array, orders: Array, order: int, coefficients: str) -> Float[Array, "steps order"]:
-  nodes, J = exponential.past_nodes(h, order), exponential.moments(H, 3)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _nodes(ends: Intervals, eta: Scalar, order: int, lower_order_final: bool, coefficients: str) -> tuple[Array, ...]:
+  """(t, a, weights [steps, order], n) of every step."""
+  h = exponential.log_snr_steps(ends)
+  past, J = exponential.past_nodes(h, order), exponential.moments((1 + eta**2) * h, 3)
   curvature = J[2] / 2 if coefficients == "diffusers" else J[2]
   integrals = [J[:1], [J[0], J[0] / 2], [J[0], J[1], curvature]]
-  each = [exponential.interpolation_weights(nodes[:k], integrals[k - 1]) for k in range(1, order + 1)]
-  return exponential.by_order(orders, each, order)
+  each = [exponential.interpolation_weights(past[:k], integrals[k - 1]) for k in range(1, order + 1)]
+  orders = exponential.step_orders(order, ends.sigma_next, lower_order_final)
+  weights = ends.alpha_next[:, None] * exponential.by_order(orders, each, order)
+  keep = ends.sigma_next / ends.sigma * jnp.exp(-(eta**2) * h)
+  return ends.t, keep, weights, ends.sigma_next * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h))
 
 
 def _check_options(eta: Scalar, coefficients: str) -> None:

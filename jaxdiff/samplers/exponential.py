@@ -78,26 +78,20 @@ def past_nodes(h: Float[Array, " steps"], count: int) -> list[Float[Array, " ste
   return nodes
 
 
-def step_orders(order: int, ends: Intervals, lower_order_final: bool) -> Int[Array, " steps"]:
-  """Order of every step of a multistep method: what the past allows, 1 for a step to sigma = 0.
+def step_orders(order: int, sigma_next: Float[Array, " steps"], lower_order_final: bool) -> Int[Array, " steps"]:
+  """Order of every step of a multistep method: what the past allows, .. 2, 1 at the end if so told, 1 to sigma = 0."""
+  i, steps = np.arange(len(sigma_next)), len(sigma_next)
+  orders = np.minimum(order, i + 1)
+  if lower_order_final:
+    orders = np.minimum(orders, steps - i)
+  return jnp.where(sigma_next > 0, orders, 1)
 
-  Args:
-    order: of the method.
-    ends: the intervals of the grid.
-    lower_order_final: whether the last steps have orders .. 2, 1.
 
-  Raises:
-    ValueError: for an order below 1, above 3, or above the number of steps.
-    TypeError: for an order that is no integer.
-  """
-  steps = len(ends.t)
+def check_multistep_order(order: int, steps: int) -> None:
+  """Refuse an order that is no integer in 1 .. 3, or above the number of steps."""
   check_order(order, 3)
   if order > steps:
     raise ValueError(f"order must be at most the number of steps of ts: got order = {order} and {steps} steps")
-  orders = np.minimum(order, np.arange(steps) + 1)
-  if lower_order_final:
-    orders = np.minimum(orders, steps - np.arange(steps))
-  return jnp.where(ends.sigma_next > 0, jnp.asarray(orders), 1)
 
 
 def check_order(order: int, most: int) -> None:

@@ -14,6 +14,7 @@ References:
   2 and eq. 7, 9 and 12.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -69,10 +70,9 @@ def unipc(
   """
   checks.made("sde", sde, ScalarSDE)
   ts = check_grid(ts, sde.t1)
-  ends = intervals(sde, ts)
+  exponential.check_multistep_order(order, len(ts) - 1)
   with jax.ensure_compile_time_eval():
-    predictor, correction = _weights(ends, exponential.step_orders(order, ends, lower_order_final), order)
-    nodes = ends.t, ends.sigma_next / ends.sigma, predictor, correction
+    nodes = _nodes(intervals(sde, ts), int(order), bool(lower_order_final))
 
   def step(field: Field, x: State, memory: Any, node: Any, noise: Key[Array, " b"]) -> Any:
     t, keep, predictor, correction = node
@@ -84,17 +84,18 @@ def unipc(
   return FixedGrid(sde, ts, Method(step, nodes, len(ts) - 1, memory), denoise, path)
 
 
-def _weights(ends: Intervals, orders: Array, order: int) -> tuple[Float[Array, "steps p"], Float[Array, "steps q"]]:
-  """What a step's prediction takes of the `order` last values, and the correction at its start of one value more."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _nodes(ends: Intervals, order: int, lower_order_final: bool) -> tuple[Array, ...]:
+  """(t, a, what a prediction takes of `order` values, what the correction at the step's start takes of one more)."""
   h = exponential.log_snr_steps(ends)
   past, J = exponential.past_nodes(h, order), exponential.moments(h, order + 1)
   halved = [J[0], J[0] / 2]
   each = range(1, order + 1)
   ahead = [exponential.interpolation_weights(past[:p], halved if p == 2 else J[:p]) for p in each]
-  nodes = [jnp.ones_like(h), *past]
-  back = [exponential.interpolation_weights(nodes[: p + 1], halved if p == 1 else J[: p + 1]) for p in each]
-  scale = ends.alpha_next[:, None]
-  predictor = scale * exponential.by_order(orders, ahead, order)
-  corrector = scale * exponential.by_order(orders, back, order + 1)
+  both = [jnp.ones_like(h), *past]
+  back = [exponential.interpolation_weights(both[: p + 1], halved if p == 1 else J[: p + 1]) for p in each]
+  orders = exponential.step_orders(order, ends.sigma_next, lower_order_final)
+  predictor = ends.alpha_next[:, None] * exponential.by_order(orders, ahead, order)
+  corrector = ends.alpha_next[:, None] * exponential.by_order(orders, back, order + 1)
   added = corrector.at[:, 1:].add(-predictor)
-  return predictor, jnp.concatenate([jnp.zeros_like(added[:1]), added[:-1]])
+  return ends.t, ends.sigma_next / ends.sigma, predictor, jnp.concatenate([jnp.zeros_like(added[:1]), added[:-1]])
