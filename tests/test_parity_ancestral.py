@@ -1,7 +1,7 @@
 """DDIM and DDPM against diffusers: its schedulers where it is installed, and the sums that its tests publish.
 
-Its time steps count from 0, ours from 1; its "leading" spacing of n of T steps is T - T/n, .., T/n, 0 (+ an offset), and
-the step below the first goes to the data. Only arithmetic is compared: the network is a fixed function of x and step.
+Its time steps count from 0, ours from 1; its "leading" spacing of n of T steps is T - T/n, .., T/n, 0, and the step
+below the first goes to the data. Only arithmetic is compared: the network is a fixed function of x and step.
 """
 
 import jax
@@ -19,9 +19,9 @@ def chain_of(first=1e-4, last=0.02):
   return jd.ddpm.Chain(jd.ddpm.linear_betas(1000, first, last))
 
 
-def leading(steps, offset=0):
+def leading(steps):
   """Our steps for its spacing, the data included."""
-  return [t + 1 + offset for t in range(1000 - 1000 // steps, -1, -(1000 // steps))] + [0]
+  return [t + 1 for t in range(1000 - 1000 // steps, -1, -(1000 // steps))] + [0]
 
 
 def published(prediction, first=1e-4, steps=None):
