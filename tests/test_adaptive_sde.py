@@ -38,7 +38,7 @@ def test_a_tighter_tolerance_follows_the_same_path_more_closely():
   x_T = exact_start(data, sde, 32)
   loose, middle, tight = (solve(sde, tolerance, data, x_T, t0=0.05) for tolerance in (0.1, 0.02, 0.002))
   error = [float(jnp.sqrt(jnp.mean((sample.x - tight.x) ** 2))) for sample in (loose, middle)]
-  assert error[1] < 0.5 * error[0] and error[0] < 0.2
+  assert error[1] < 0.5 * error[0] < 0.1
   assert np.all(middle.nfe > loose.nfe)
 
 
@@ -96,7 +96,8 @@ def test_failures_are_reported_and_nan():
   sample = jax.jit(run)(jnp.ones((3, 2)), cond)
   assert sample.status.code.tolist() == [0, 2, 0]
   assert jnp.isnan(sample.x[:, 0]).tolist() == [False, True, False]
-  assert 0 < sample.status.accepted[1] and sample.nfe[1] < 200
+  assert sample.status.accepted[1] > 0
+  assert sample.nfe[1] < 200
   with pytest.raises(jd.SolveError, match="1 of 3 examples .* not finite"):
     jd.raise_if_failed(sample)
   short = jax.jit(lambda x: run(x, cond, max_steps=5))(jnp.ones((3, 2)))

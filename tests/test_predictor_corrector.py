@@ -30,7 +30,7 @@ def test_no_corrector_steps_give_the_predictor_bit_for_bit(make):
 
 @EACH_SDE
 def test_step_size_of_the_langevin_corrector(sde, x64):
-  """eta = 4 (r alpha sigma)^2 at the time of arrival, from the noise and the score that the code adds to a standstill."""
+  """eta = 4 (r alpha sigma)^2 at the time of arrival, from the noise and the score that are added."""
   ts = jnp.linspace(1.0, 0.1, 5) * sde.t1
   still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(4), 0))
   sampler = jd.samplers.predictor_corrector(still, jd.samplers.langevin_corrector(snr=0.3))

@@ -2,10 +2,10 @@
 
 A step from t to s = t - h, with b(x, t) = g^2 score - f and the increment dw = W(t) - W(s) of one Brownian path:
 
-    x'  = x + h b(x, t) + g(t) dw                                            Euler-Maruyama                            (1)
-    x'' = (x' + x + h b(x', s) + g(s) dw) / 2                                stochastic improved Euler                 (2)
-    E   = root mean square of (x' - x'') / max(atol, rtol max(|x'|, |x'_prev|))                                        (3)
-    accept x'' (extrapolation) if E <= 1, and anyway        h <- min(t, 0.9 h E^-0.9)                                  (4)
+    x'  = x + h b(x, t) + g(t) dw                                            Euler-Maruyama                     (1)
+    x'' = (x' + x + h b(x', s) + g(s) dw) / 2                                stochastic improved Euler          (2)
+    E   = root mean square of (x' - x'') / max(atol, rtol max(|x'|, |x'_prev|))                                 (3)
+    accept x'' (extrapolation) if E <= 1, and anyway        h <- min(t, 0.9 h E^-0.9)                           (4)
 
 with x'_prev the x' of the last step that was accepted.
 

@@ -1,9 +1,9 @@
 """A Brownian path that can be asked for any time, in any order: what adaptive steps of an SDE need.
 
-A step that is refused has looked at the path; a shorter one in its place must see the same path, or large increments are
-refused more often than small ones and the samples are biased. The path on [0, 1] is a binary tree of midpoints,
+A step that is refused has looked at the path; a shorter one in its place must see the same path, or large increments
+are refused more often than small ones and the samples biased. The path on [0, 1] is a binary tree of midpoints,
 
-    W((a + b) / 2) | W(a), W(b)  ~  N((W(a) + W(b)) / 2, (b - a) / 4 I)                                               (1)
+    W((a + b) / 2) | W(a), W(b)  ~  N((W(a) + W(b)) / 2, (b - a) / 4 I)                                         (1)
 
 whose noise belongs to the node, so nothing is stored; below the leaves, of width 2^-28, it is linear.
 

@@ -1,9 +1,9 @@
 """Langevin dynamics: sampling from a density by its score, at one noise level or through the levels of NCSN.
 
-    Langevin       x <- x + eta / 2 score(x) + sqrt(eta) z                                                             (1)
-    MALA           (1) as a proposal x', taken with probability min(1, p(x') q(x | x') / (p(x) q(x' | x)))             (2)
-    annealed       (1) at the levels i = N .. 1 of a chain, eta_i = eta sigma_i^2 / sigma_1^2                          (3)
-    denoising      x <- x + sigma_1^2 score(x, sigma_1)                                                                (4)
+    Langevin       x <- x + eta / 2 score(x) + sqrt(eta) z                                                      (1)
+    MALA           (1) as a proposal x', taken with probability min(1, p(x') q(x | x') / (p(x) q(x' | x)))      (2)
+    annealed       (1) at the levels i = N .. 1 of a chain, eta_i = eta sigma_i^2 / sigma_1^2                   (3)
+    denoising      x <- x + sigma_1^2 score(x, sigma_1)                                                         (4)
 
 (1) is biased by O(eta): on N(0, s^2) it has the variance s^2 / (1 - eta / (4 s^2)), and none above eta = 4 s^2. (2) is
 not biased.

@@ -1,11 +1,11 @@
 """Predictor-corrector sampling: after each step of a sampler, Markov steps at the time where it arrived.
 
-    x_s = predictor(x_t);      x_s <- corrector(x_s, s)                                                                (1)
+    x_s = predictor(x_t);      x_s <- corrector(x_s, s)                                                         (1)
 
 The Langevin corrector steps by the score at time s, with the noise of a signal-to-noise ratio r:
 
-    x <- x + eta / 2 score(x, s) + sqrt(eta) z,      eta / 2 = 2 alpha_s^2 (r |z| / |score|)^2                         (2)
-    with the root mean squares |z| = sqrt(d), |score| = sqrt(d) / sigma_s:      eta = 4 (r alpha_s sigma_s)^2          (3)
+    x <- x + eta / 2 score(x, s) + sqrt(eta) z,      eta / 2 = 2 alpha_s^2 (r |z| / |score|)^2                  (2)
+    with the root mean squares |z| = sqrt(d), |score| = sqrt(d) / sigma_s:      eta = 4 (r alpha_s sigma_s)^2   (3)
 
 References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, Algorithms 2-5 and Appendix G.
@@ -81,7 +81,7 @@ def predictor_corrector(predictor: FixedGrid, corrector: Corrector, denoise: boo
 
   Args:
     predictor: a sampler on a grid that steps from one state alone, made without `denoise` and `path`.
-    corrector: `langevin_corrector(...)`, or a `Corrector` of yours. With no evaluations it leaves the predictor as it is.
+    corrector: `langevin_corrector(...)`, or a `Corrector` of yours; `langevin_corrector(steps=0)` does nothing.
     denoise: whether the last state becomes E[x_0 | x], at one more evaluation.
     path: 0 for no path, k to return every k-th state from x_T to the last; k divides the number of steps.
 

@@ -2,10 +2,10 @@
 
 For a step from t to s = t - h with b(x, t) = (1 + eta^2) / 2 g^2 score - f, noises z ~ N(0, I):
 
-    Euler-Maruyama       x_s = x + h b(x, t) + eta sqrt(h) g(t) z                                              order 1  (1)
-    reverse diffusion    x_s = (2 - a) x + (1 + eta^2) / 2 G^2 score(x, t) + eta G z                           order 1  (2)
+    Euler-Maruyama       x_s = x + h b(x, t) + eta sqrt(h) g(t) z                                          order 1  (1)
+    reverse diffusion    x_s = (2 - a) x + (1 + eta^2) / 2 G^2 score(x, t) + eta G z                       order 1  (2)
                          with the forward step exact: a = alpha_t / alpha_s, G^2 = sigma_t^2 - a^2 sigma_s^2
-    stochastic Heun      x' = x + h b(x, t) + n,    x_s = x + h / 2 (b(x, t) + b(x', s)) + n                   order 2  (3)
+    stochastic Heun      x' = x + h b(x, t) + n,    x_s = x + h / 2 (b(x, t) + b(x', s)) + n               order 2  (3)
                          with n = eta sqrt(h m) z, m the mean of g^2 over [s, t]
 
 The orders are weak ones, those of mean and variance. Noise of variance h g(t)^2 in (3) would make its order 1.
