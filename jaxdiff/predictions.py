@@ -323,7 +323,7 @@ def denoised(sde: ScalarSDE, score: ScoreFn, x: State, t: Time, **cond: Array) -
     return direct(x, t, **cond)
   t = batch_time(t, x)
   alpha, sigma = (expand(value, x) for value in sde.marginal(t))
-  return (x + sigma**2 * score(x, t, **cond)) / alpha
+  return (x + sigma**2 * score(x, t, **cond).astype(x.dtype)) / alpha
 
 
 def denoised_and_v(score: ScoreFn, x: State, t: Time, **cond: Array) -> tuple[State, State]:

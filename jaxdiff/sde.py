@@ -160,7 +160,7 @@ def reverse(
     value = score(x, t, **cond)
     if value.shape != x.shape:
       raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {value.shape}")
-    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, value))
+    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, value.astype(x.dtype)))
 
   def diffuse(t: Time, v: State) -> State:
     return eta * sde.diffuse(t, v)

@@ -18,7 +18,7 @@ def test_the_program_of_the_readme_runs(capsys):
   assert program.count("(4, 2)") == program.count("key(1), 2)") == program.count("x[:4]") == 1
   names = {}
   objectives = BLOCKS[1].replace("x[:500]", "x[:4]").replace("draws=64", "draws=2")
-  sampling = BLOCKS[2].replace("500", "4").replace("(sde, 250)", "(sde, 50)")
+  sampling = BLOCKS[2].replace("500", "4")
   exec(compile("\n".join([program, objectives, sampling, BLOCKS[3]]), "README.md", "exec"), names)
   assert capsys.readouterr().out.startswith("(4, 2) ")
   assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(names["gradient"]["interior"]))
