@@ -97,7 +97,7 @@ def test_failures_are_reported_and_nan():
   assert sample.status.code.tolist() == [0, 2, 0]
   assert jnp.isnan(sample.x[:, 0]).tolist() == [False, True, False]
   assert sample.status.accepted[1] > 0
-  assert sample.nfe[1] < 200
+  assert sample.nfe[1] < 500  # it creeps up to t = 0.5 before its steps vanish; max_steps are 4096
   with pytest.raises(jd.SolveError, match="1 of 3 examples .* not finite"):
     jd.raise_if_failed(sample)
   short = jax.jit(lambda x: run(x, cond, max_steps=5))(jnp.ones((3, 2)))

@@ -90,7 +90,7 @@ def test_noise_of_stochastic_heun_is_the_integral_of_squared_diffusion(x64):
   for sde in SDES.values():
     ts = jnp.asarray([0.6, 0.4]) * sde.t1
     h = ts[0] - ts[1]
-    g = sde.diffusion(ts[1] + (jnp.arange(20_000) + 0.5) / 20_000 * h)
+    g = sde.diffusion(ts[1] + (jnp.arange(20_000.0) + 0.5) / 20_000 * h)
     noise = affine_steps(jd.samplers.stochastic_heun(sde, ts), lambda x, t: jnp.zeros_like(x), 1)[2][0, 0]
     carried = 1 - 0.5 * h * sde.drift(jnp.ones((1, 1)), ts[1])[0, 0]
     np.testing.assert_allclose((noise / carried) ** 2, h * jnp.mean(g**2), rtol=1e-6)

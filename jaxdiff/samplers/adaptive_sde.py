@@ -11,8 +11,8 @@ with x'_prev the x' of the last step that was accepted.
 
 The paper draws new noise after a rejection. That is biased, and the bias does not vanish with the tolerance: noise that
 opposes the drift makes a smaller error and is accepted more often. On Gaussian data (4000 samples, rtol = atol = 0.01)
-the variance came out 15% too large for VP and 50% for VE in 3 dimensions, 1% in 48, where the error hardly depends on
-one coordinate. Here a shorter step sees the same path (`brownian_path`), which leaves none beyond the standard error.
+the variance came out 15% too large for VP and 50% for VE in 3 dimensions; in 48, where the error hardly depends on one
+coordinate, by 1% (at 0.03). Here a shorter step sees the same path, `brownian_path`: within 2 standard errors, 4%.
 
 References:
   Jolicoeur-Martineau et al. 2021, Gotta Go Fast When Generating Data with Score-Based Models, Algorithm 1.
