@@ -79,8 +79,9 @@ def test_first_order_is_ddim(sde, x64):
 
 def test_noise_that_is_not_there_is_not_drawn():
   sde, ts = jd.VP(), jd.time_grid(jd.VP(), 4)
-  text = lambda eta: str(jax.make_jaxpr(lambda k, x: solver(sde, ts, 2, eta)(k, x, lambda x, t: -x).x)(
-    jax.random.key(0), jnp.ones((2, 3))))
+  text = lambda eta: str(
+    jax.make_jaxpr(lambda k, x: solver(sde, ts, 2, eta)(k, x, lambda x, t: -x).x)(jax.random.key(0), jnp.ones((2, 3)))
+  )
   assert "erf_inv" not in text(0.0)
   assert "erf_inv" in text(1.0)
 
