@@ -124,7 +124,7 @@ def test_bad_options_are_refused(options, message, untyped):
 
 @pytest.mark.parametrize(("prediction", "mean"), [("noise", 0.3301), ("velocity", 0.2251)])
 def test_published_sums_of_2m(prediction, mean):
-  """mean |x| after 10 steps of diffusers' own test: 1000 linear betas, model x t / (t + 1) t from 0 on, to its first level."""
+  """mean |x| after 10 steps of diffusers' own test, which ends at the first of 1000 levels; model x t / (t + 1)."""
   chain = jd.ddpm.Chain(jd.ddpm.linear_betas())
   times = np.linspace(0, 999, 11).round()[:0:-1].astype(int) + 1
   ts = chain.time(jnp.asarray([*times, 1]))
