@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def test_heun_of_the_flow_in_sigma(x64):
   x = exact_start(data, sde, 3, 80.0)
   found = edm(sde, ts)(jax.random.key(0), x, data.score(sde)).x
   slope = lambda x, s: (x - jd.denoised(sde, data.score(sde), x, s)) / s
-  for s, s_next in zip(ts[:-1], ts[1:], strict=True):
+  for s, s_next in itertools.pairwise(ts):
     first = slope(x, s)
     x = x + (s_next - s) * (first + slope(x + (s_next - s) * first, s_next)) / 2
   np.testing.assert_allclose(found, x, rtol=1e-9)

@@ -58,7 +58,7 @@ def test_processes_agree_under_the_change_of_variables(name, process, x64):
   """x / alpha of any process is the state of EDM at the level sigma / alpha; only the churn has another range."""
   chain = jd.ddpm.Chain(jd.ddpm.linear_betas(200))
   sde = {"vp": jd.VP(), "subvp": jd.SubVP(), "chain": chain.sde()}[process]
-  make, data, score = MAKERS[name], gaussian(), gaussian().score
+  make, _data, score = MAKERS[name], gaussian(), gaussian().score
   if name == "heun":
     make = lambda sde, ts: S.edm(sde, ts)
   ts = jd.time_grid(sde, 6, t0=0.02)

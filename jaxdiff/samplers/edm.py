@@ -111,7 +111,7 @@ def edm(
   noisy = isinstance(churn, jax.core.Tracer) or churn != 0
 
   def step(field: Field, x: State, memory: Any, node: _Node, noise: Key[Array, " b"]) -> Any:
-    alpha, t_hat, alpha_hat, s_hat, scale, t_next, alpha_next, s_next = (expand(value, x) for value in node)
+    alpha, _t_hat, alpha_hat, s_hat, scale, _t_next, alpha_next, s_next = (expand(value, x) for value in node)
     y = x / alpha
     if noisy:
       y = y + scale * keys.normal(noise, x.shape, x.dtype)

@@ -58,7 +58,7 @@ def moments(H: Float[Array, "..."], count: int) -> list[Float[Array, "..."]]:
 
 
 def interpolation_weights(nodes: Sequence[Array], integrals: Sequence[Array]) -> list[Float[Array, " steps"]]:
-  """w_j of eq. (3) for the values at `nodes`; `integrals[k]` is what theta^k contributes, J_k for the exact integral."""
+  """w_j of eq. (3) for the values at `nodes`; `integrals[k]` is the part of theta^k, J_k where exact."""
   weights = []
   for j, node in enumerate(nodes):
     polynomial = [jnp.ones_like(node)]
