@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from jaxdiff.data.transforms import to_uint8
@@ -43,6 +43,17 @@ def save_grid(path: Path, images: Float[np.ndarray, "n h w c"], columns: int) ->
   factor = max(1, -(-_SMALLEST // max(canvas.shape[:2])))
   canvas = canvas.repeat(factor, axis=0).repeat(factor, axis=1)
   Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(path)
+
+
+def save_neighbours(
+  path: Path,
+  samples: Float[np.ndarray, "n h w c"],
+  train: Float[np.ndarray, "m h w c"],
+  near: Int[np.ndarray, "n k"],
+) -> None:
+  """Write a PNG with a row for each sample: the sample, then its nearest training images as `near` numbers them."""
+  rows = np.concatenate([samples[:, None], train[near]], axis=1)
+  save_grid(path, rows.reshape(-1, *samples.shape[1:]), columns=rows.shape[1])
 
 
 def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[np.ndarray, "m 2"]) -> None:
