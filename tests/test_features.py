@@ -230,9 +230,7 @@ def test_a_file_that_would_run_a_command_is_refused_and_nothing_runs(torch_names
   made = tmp_path / "made"
   for hostile in (Command(os.system, f"touch {made}"), Command(exec, f"open({str(made)!r}, 'w')")):
     save(tmp_path / "w.pth", {"a": tensor([1.0]), "b": hostile}, legacy, protocol)
-    with pytest.raises(
-      ValueError, match="w.pth is not read: its pickle (names|has the opcode) .*; refused, nothing was"
-    ):
+    with pytest.raises(ValueError, match="is not read: its pickle (names|has the opcode) .*; refused, nothing was run"):
       pth.read(tmp_path / "w.pth")
     assert not made.exists()
     pickle.loads(dump(hostile, {}, legacy, protocol))  # what unpickling would have done

@@ -186,7 +186,7 @@ def test_nll_gap_of_gaussians():
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_length_in_each_direction():
-  """For y = x + delta it is the mean of (theta . delta)^2, |delta|^2 / d within 4 standard errors of 2000 directions."""
+  """For y = x + delta the mean of (theta . delta)^2, |delta|^2 / d: within 4 standard errors of 2000 directions."""
   x, delta, key = normal(25, 50, 3), np.array([3.0, -4.0, 12.0]), jax.random.key(0)
   distance = distances.sliced_wasserstein(key, x, x + delta, projections=2000)
   # the variance of (theta . delta)^2 on the sphere is 2 (d - 1) / (d^2 (d + 2)) |delta|^4
