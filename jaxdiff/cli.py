@@ -1,6 +1,6 @@
-"""The command line: `jaxdiff train | sample | likelihood --config=FILE --workdir=DIR [--config.field=value ...]`.
+"""The command line: `jaxdiff COMMAND --config=FILE --workdir=DIR [--config.field=value ...]`, one of `COMMANDS`.
 
-A run lives in its workdir: config.json, checkpoints/, metrics.jsonl, and what sample and likelihood write beside them.
+A run lives in its workdir: config.json, checkpoints/, metrics.jsonl, and what the others write beside them.
 All commands find the run's own config there when --config is not given. What they need is imported when they run.
 """
 
@@ -17,11 +17,12 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   sample       draw samples: samples.png, samples.npz, denoising.png; short flags: --sampler=dpm_solver_pp --steps=20
                --num=64 --seed=1 --gif (denoising.gif)
   likelihood   evaluate held-out data: likelihood.json, likelihood.npz, a table
+  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
-sample and likelihood take other settings only of their own sections, sampler, sample and likelihood.
+The other commands take other settings only of their own sections, sampler, sample, likelihood and evaluate.
 """
-COMMANDS = ("train", "sample", "likelihood")
+COMMANDS = ("train", "sample", "likelihood", "evaluate")
 
 
 def _avoid_miscompiled_reductions() -> None:

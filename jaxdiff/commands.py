@@ -1,4 +1,4 @@
-"""The commands: train, sample, likelihood, each from a checked config and the directory of the run."""
+"""The commands: train, sample, likelihood, evaluate, each from a checked config and the directory of the run."""
 
 import json
 import sys
@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from jaxdiff import factory, objectives, parallel, rundir, samplers, status, training
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
-from jaxdiff.evaluation import baselines, pictures, runs
-from jaxdiff.schema import Config, ConfigError, LikelihoodSettings, SampleSettings
+from jaxdiff.evaluation import baselines, chunks, features, neighbours, pictures, report, runs
+from jaxdiff.schema import Config, ConfigError, EvaluateSettings, LikelihoodSettings, SampleSettings
 from jaxdiff.training.metrics import read_metrics
 
 _ANIMATED = 100  # samples in an animation
 _FRAMES = 60
 _QUANTILES = {"static": None, "dynamic": 0.995}
+_SHOWN = 10, 7  # samples in neighbours.png, and training images beside each
 
 
 def _say(message: str) -> None:
@@ -211,6 +212,90 @@ def _evaluate(
   if settings.bound_draws:
     values |= run(objectives.make_bound(config, params, held_out, settings.bound_draws), "bound")
   return values
+
+
+def evaluate(config: Config, workdir: Path) -> None:
+  """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
+  settings, mesh = factory.evaluate_settings(config), parallel.make_mesh()
+  _check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
+  source, params, step = rundir.load(workdir, config)
+  held_out = factory.make_source(config, settings.split)
+  train = source.gather(np.arange(min(len(source), settings.reference or len(source))))
+  unseen = held_out.gather(np.arange(min(len(held_out), settings.num)))["x"]
+  _check_enough(settings, len(train["x"]), len(unseen))
+  _say(f"evaluating {settings.num} samples from step {step}")
+  chosen = _features(settings, train, source.levels)
+  drawn, identity = _draw_in_chunks(config, settings, source, params, workdir / "evaluation", mesh)
+  x = features.to_levels(drawn["x"], source.levels)
+  extract = features.extractor(chosen, source.levels, settings.batch_size, mesh, workdir / "evaluation")
+
+  def side(name: str, examples: np.ndarray, identity: str) -> report.Side:
+    values = np.asarray(features.to_values(examples, source.levels))
+    return report.Side(values.reshape(len(values), -1), extract(name, examples, identity))
+
+  known, samples = side("train", train["x"], source.content_hash), side("samples", x, identity)
+  floor = side(settings.split, unseen, held_out.content_hash)
+  ks = settings.manifold_k, settings.coverage_k
+  columns = report.columns(known, floor, samples, chosen.name, settings.seed, *ks)
+  closest = neighbours.nearest(samples.x, known.x, _SHOWN[1])
+  first = np.argsort(closest.distance[:, 0], kind="stable")[: _SHOWN[0]]
+  written = {
+    "data": {"name": source.name, "content": source.content_hash},
+    "model": {name: config[name] for name in ("sde", "prediction", "network")},
+    "checkpoint_step": step,
+    "sampler": config["sampler"],
+    "seed": settings.seed,
+    "features": {"name": chosen.name, "count": samples.features.shape[1]},
+    "training_examples": len(known.x),
+    "nfe": float(drawn["nfe"].mean()),
+    "columns": report.plain(columns),
+    "nearest": {
+      "samples": first.tolist(),
+      "training_examples": closest.rows[first].tolist(),
+      "distances": closest.distance[first].tolist(),
+    },
+  }
+  (workdir / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+  if len(source.shape) == 3 and source.shape[-1] in (1, 3):
+    shown, images = (np.asarray(features.to_values(y, source.levels)) for y in (x[first], train["x"]))
+    pictures.save_neighbours(workdir / "neighbours.png", shown, images, closest.rows[first])
+  title = f"{source.name}, against {len(known.x)} training examples, {samples.features.shape[1]} features, "
+  print(report.table(f"{title}seed {settings.seed}", columns))
+  _list(workdir, "evaluation.json", "neighbours.png")
+
+
+def _check_enough(settings: EvaluateSettings, train: int, held_out: int) -> None:
+  least = 1 + max(settings.manifold_k, settings.coverage_k)
+  if min(train, held_out) < least:
+    raise ConfigError(
+      f"config.evaluate.manifold_k and coverage_k need {least} examples a side; there are {train} to train and "
+      f"{held_out} held out: lower them, or take another split"
+    )
+
+
+def _features(settings: EvaluateSettings, train: Any, levels: int | None) -> features.Features:
+  try:
+    return features.choose(settings.features, train, levels, settings.seed, settings.weights)
+  except (ValueError, OSError) as error:
+    raise ConfigError(f"config.evaluate: {error}") from error
+
+
+def _draw_in_chunks(
+  config: Config, settings: EvaluateSettings, source: Source, params: Any, folder: Path, mesh: Mesh
+) -> tuple[dict[str, np.ndarray], str]:
+  """The samples, and what they depend on."""
+  process = factory.make_process(config, params)
+  sampler, size = factory.make_sampler(config, process), settings.batch_size
+  draw = runs.drawer(factory.make_score(config), params, process, sampler, source.shape, size, settings.seed, mesh)
+  facts = {name: config[name] for name in ("sde", "prediction", "network", "sampler")}
+  identity = chunks.identify(params, seed=settings.seed, **facts)
+
+  def batch(start: int) -> dict[str, np.ndarray]:
+    drawn = draw(start)
+    status.check(drawn["code"], drawn["accepted"])
+    return drawn
+
+  return chunks.in_chunks(folder, "samples", identity, settings.num, size, batch), identity
 
 
 def _batch_size(wanted: int, examples: int, devices: int) -> int:

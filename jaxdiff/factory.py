@@ -19,7 +19,7 @@ from jaxdiff.data.examples import SPLITS, Source, check_choice
 from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
-from jaxdiff.schema import LikelihoodSettings, SampleSettings, TrainSettings
+from jaxdiff.schema import EvaluateSettings, LikelihoodSettings, SampleSettings, TrainSettings
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
@@ -229,8 +229,23 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   _check_seed("likelihood.seed", settings.seed)
   if settings.limit < 0:
     raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
+  _check_split(config, "likelihood", settings.split)
+  return settings
+
+
+def _check_split(config: Config, path: str, split: str) -> None:
   if config["data"].get("type") != "tfds":
-    _construct(check_choice, {"value": settings.split, "choices": SPLITS}, "likelihood", argument="split")
+    _construct(check_choice, {"value": split, "choices": SPLITS}, path, argument="split")
+
+
+def evaluate_settings(config: Config) -> EvaluateSettings:
+  """The section `evaluate`, which a config may leave out, its numbers in range."""
+  settings = component("evaluate", config.get("evaluate", {}))
+  _at_least("evaluate", settings, 1, "batch_size", "manifold_k", "coverage_k")
+  _at_least("evaluate", settings, 1 + max(settings.manifold_k, settings.coverage_k), "num")
+  _at_least("evaluate", settings, 0, "reference")
+  _check_seed("evaluate.seed", settings.seed)
+  _check_split(config, "evaluate", settings.split)
   return settings
 
 
@@ -290,7 +305,8 @@ def check_components(config: Config) -> None:
   """Build everything that needs no data and no loss."""
   _check_seed("seed", config["seed"])
   process = make_process(config)
-  for build in (make_network, make_optimizer_of, train_settings, sample_settings, likelihood_settings):
+  settings = (train_settings, sample_settings, likelihood_settings, evaluate_settings)
+  for build in (make_network, make_optimizer_of, *settings):
     build(config)
   make_sampler(config, process)
   make_log_prob(config, process)

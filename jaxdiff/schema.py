@@ -65,6 +65,25 @@ class LikelihoodSettings:
   seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+  """How to measure samples: how many, how many at a time, against which held-out split and up to how many training
+  examples (0 for all), by which features, and k of the neighbours of precision and recall, density and coverage.
+
+  `weights` is the path of the file that the features "mobilenet" need.
+  """
+
+  num: int = 1000
+  batch_size: int = 120
+  split: str = "test"
+  reference: int = 50_000
+  features: Literal["auto", "cnn", "raw", "mobilenet"] = "auto"
+  weights: str | None = None
+  manifold_k: int = 3
+  coverage_k: int = 5
+  seed: int = 0
+
+
 class ConfigError(ValueError):
   """A config names something that does not exist or holds a value out of range."""
 
@@ -99,7 +118,9 @@ SECTIONS: Mapping[str, Section] = {
   "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
   "likelihood": Section((LikelihoodSettings, likelihood.log_prob), given=("sde",), parts={"divergence": "divergence"}),
   "likelihood.divergence": Section(components.DIVERGENCES),
+  "evaluate": Section((EvaluateSettings,)),
 }
+OPTIONAL = ("evaluate",)
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 
@@ -167,11 +188,12 @@ def check_sections(config: Config) -> None:
   for name in config:
     if name not in TOP:
       raise ConfigError(f"config.{name} does not exist; {nearest(name, TOP)}")
-  if missing := [name for name in TOP if name not in config]:
+  if missing := [name for name in TOP if name not in config and name not in OPTIONAL]:
     raise ConfigError(f"config needs {', '.join(missing)}")
   check_type("seed", config["seed"], int)
   for name in TOP[1:]:
-    check_section(name, config[name])
+    if name in config:
+      check_section(name, config[name])
 
 
 def check_type(path: str, value: Any, annotation: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff import arguments, cli, factory, objectives, rundir
+from jaxdiff.evaluation import classifier, runs
 from jaxdiff.training import load_params
 from jaxdiff.training.metrics import MetricsWriter, read_metrics
 
@@ -37,6 +38,8 @@ SMALL = [
   "--config.likelihood.limit=20",
   "--config.likelihood.batch_size=16",
   "--config.optimizer.warmup_steps=5",
+  "--config.evaluate.num=40",
+  "--config.evaluate.batch_size=16",
 ]
 TOY = [f"--config={ROOT / 'configs' / 'toy2d.py'}", *SMALL]
 
@@ -119,8 +122,51 @@ def test_likelihood_reports_mean_error_and_settings(trained, capsys):
   assert f"{result['mean']:8.4f}" in out
 
 
+def evaluation(workdir):
+  return json.loads((workdir / "evaluation.json").read_text())
+
+
+def test_evaluate_measures_samples_and_goes_on_where_it_stopped(trained, tmp_path, capsys, monkeypatch):
+  """Stopped after two of three batches, and run again, it reports what a run without a stop does."""
+  shutil.copytree(trained, tmp_path / "run")
+  run("evaluate", trained)
+  report, out = evaluation(trained), capsys.readouterr().out
+  assert [(c["of"], c["examples"]) for c in report["columns"]] == [("samples", 40), ("held-out", 40)]
+  assert (report["training_examples"], report["checkpoint_step"], report["seed"]) == (400, 40, 0)
+  assert report["features"] == {"name": "raw", "count": 2}
+  samples, floor = (column["results"] for column in report["columns"])
+  assert samples.keys() == floor.keys() > {"FD-raw", "KD-raw", "precision", "recall", "density", "coverage"}
+  # after 40 steps the model knows little: held-out data are nearer to the training data
+  assert samples["FD-raw"]["value"] > 2 * floor["FD-raw"]["value"]
+  assert samples["precision"]["value"] < floor["precision"]["value"]
+  assert "toy2d/moons, against 400 training examples, 2 features, seed 0" in out
+  assert f"{samples['FD-raw']['value']:.4f}" in out
+  assert str(trained / "evaluation.json") in out
+  drawer, starts = runs.drawer, []
+
+  def stopping(*args):
+    draw = drawer(*args)
+
+    def one(start):
+      if start == 32 and len(starts) == 2:
+        raise KeyboardInterrupt
+      starts.append(start)
+      return draw(start)
+
+    return one
+
+  monkeypatch.setattr(runs, "drawer", stopping)
+  assert "interrupted" in fails(130, capsys, "evaluate", tmp_path / "run")
+  starts.append("again")
+  run("evaluate", tmp_path / "run")
+  assert starts == [0, 16, "again", 32]
+  assert evaluation(tmp_path / "run") == report
+  run("evaluate", tmp_path / "run", "--config.evaluate.num=20", "--config.evaluate.seed=1")
+  assert starts[4:] == [0, 16]
+
+
 @pytest.mark.parametrize("config", ["digits", "vdm_digits"])
-def test_images_from_raw_digits_to_bits(config, tmp_path, capsys):
+def test_images_from_raw_digits_to_bits(config, tmp_path, capsys, monkeypatch):
   """A digits config with a tiny network and few steps: PNG grids, and the table with its baselines."""
   arguments = [
     f"--config={ROOT / 'configs' / config}.py",
@@ -137,10 +183,19 @@ def test_images_from_raw_digits_to_bits(config, tmp_path, capsys):
     "--config.likelihood.batch_size=24",
     "--config.likelihood.bound_draws=4",
     "--config.data.held_out=24",
+    "--config.evaluate.num=32",
+    "--config.evaluate.batch_size=16",
   ]
+  monkeypatch.setattr(classifier, "_STEPS", 5)
   run("train", tmp_path, *arguments)
   run("sample", tmp_path)
   run("likelihood", tmp_path)
+  with pytest.warns(UserWarning, match="24 examples for 64 features"):
+    run("evaluate", tmp_path)
+  assert [c["of"] for c in evaluation(tmp_path)["columns"]] == ["samples", "held-out", "samples"]
+  assert evaluation(tmp_path)["features"] == {"name": "cnn", "count": 64}
+  width, height = Image.open(tmp_path / "neighbours.png").size
+  assert width / height == pytest.approx(8 / 10, rel=0.02)
   assert Image.open(tmp_path / "samples.png").size == Image.open(tmp_path / "samples.png").size[::-1]
   results = json.loads((tmp_path / "likelihood.json").read_text())["results"]
   models = ["model", "model, variational bound"]
@@ -148,7 +203,15 @@ def test_images_from_raw_digits_to_bits(config, tmp_path, capsys):
   assert all(np.isfinite(results[name]["mean"]) for name in models)
   assert results["uniform"]["mean"] == pytest.approx(np.log2(17))
   out = capsys.readouterr().out
-  for name in ("checkpoints", "samples.png", "denoising.png", "loss.png", "likelihood.json", "config.json"):
+  for name in (
+    "checkpoints",
+    "samples.png",
+    "denoising.png",
+    "loss.png",
+    "likelihood.json",
+    "config.json",
+    "evaluation.json",
+  ):
     assert str(tmp_path / name) in out
 
 
@@ -251,6 +314,13 @@ def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
     2, capsys, "sample", trained, "--config.sample.batch_size=12"
   )
   assert "did you mean 'test'" in fails(2, capsys, "likelihood", trained, "--config.likelihood.split=tests")
+  for argument, message in {
+    "batch_size=12": "config.evaluate.batch_size = 12 cannot be split over 8 devices",
+    "features=cnn": "config.evaluate: features 'cnn' are those of a classifier and need images",
+    "features=fid": "config.evaluate.features must be 'auto' or 'cnn' or 'raw' or 'mobilenet', got 'fid'",
+    "reference=5": "need 6 examples a side; there are 5 to train and 40 held out",
+  }.items():
+    assert message in fails(2, capsys, "evaluate", trained, f"--config.evaluate.{argument}")
   assert "holds no checkpoint: train first" in fails(2, capsys, "sample", tmp_path / "none", *TOY)
   with pytest.raises(SystemExit):
     cli.main(["trian", "--workdir=x"])

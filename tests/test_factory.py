@@ -120,6 +120,12 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
     ("likelihood.rtol", 0.0, "config.likelihood: rtol must be positive"),
     ("likelihood.divergence.type", "hutch", r"did you mean 'hutchinson'\?"),
     ("likelihood.limit", -1, "config.likelihood.limit must be at least 1"),
+    ("evaluate", {"num": 5}, "config.evaluate.num must be at least 6, got 5"),
+    ("evaluate", {"nun": 5}, r"config.evaluate.nun does not exist; did you mean 'num'\?"),
+    ("evaluate", {"coverage_k": 0}, "config.evaluate.coverage_k must be at least 1, got 0"),
+    ("evaluate", {"reference": -1}, "config.evaluate.reference must be at least 0, got -1"),
+    ("evaluate", {"seed": -1}, "config.evaluate.seed must be an integer from 0"),
+    ("evaluate", {"split": "tset"}, r"config.evaluate: split: got 'tset'.*did you mean 'test'"),
   ],
 )
 def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
@@ -154,6 +160,12 @@ def test_missing_sections_are_named(toy):
   del config["sampler"], config["loss"]
   with pytest.raises(ConfigError, match="config needs loss, sampler"):
     objectives.check(config)
+
+
+def test_a_config_may_leave_out_how_to_evaluate(toy):
+  assert "evaluate" not in toy
+  assert factory.evaluate_settings(toy) == schema.EvaluateSettings()
+  assert factory.evaluate_settings(changed(toy, "evaluate", {"num": 7})).num == 7
 
 
 def test_network_that_does_not_fit_the_data_is_refused(toy, untyped):

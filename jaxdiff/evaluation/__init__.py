@@ -1,1 +1,1 @@
-"""What is made of a trained model: reference densities to compare with, and pictures."""
+"""What is made of a trained model: reference densities, pictures, and samples measured against the data."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from jaxdiff.data.transforms import to_uint8
@@ -71,6 +71,17 @@ def _clouds(states: np.ndarray) -> list[Image.Image]:
     frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
   plt.close(figure)
   return frames
+
+
+def save_neighbours(
+  path: Path,
+  samples: Float[np.ndarray, "n h w c"],
+  train: Float[np.ndarray, "m h w c"],
+  near: Int[np.ndarray, "n k"],
+) -> None:
+  """Write a PNG with a row for each sample: the sample, then its nearest training images as `near` numbers them."""
+  rows = np.concatenate([samples[:, None], train[near]], axis=1)
+  save_grid(path, rows.reshape(-1, *samples.shape[1:]), columns=rows.shape[1])
 
 
 def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[np.ndarray, "m 2"]) -> None:

@@ -26,6 +26,31 @@ def _sampling_key(seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), _SAMPLING)
 
 
+def drawer(
+  score: Callable[[Params], ScoreFn],
+  params: Params,
+  sde: ScalarSDE,
+  sampler: Callable[..., Any],
+  shape: tuple[int, ...],
+  batch_size: int,
+  seed: int,
+  mesh: Mesh,
+) -> Callable[[int], dict[str, np.ndarray]]:
+  """What draws a batch of samples: from the first of them to the arrays of `draw` for `batch_size`, as `draw` has them.
+
+  It is compiled once.
+  """
+
+  def one_batch(params: Params, example: jax.Array) -> dict[str, jax.Array]:
+    prior_key, path_key = keys.split(example)
+    sample = sampler(path_key, sde.prior_sample(prior_key, (len(example), *shape)), score(params))
+    return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
+
+  run = jax.jit(parallel.shard_examples(one_batch, mesh))
+  params = parallel.replicate(mesh, params)
+  return lambda start: jax.device_get(run(params, keys.example_keys(_sampling_key(seed), start, batch_size)))
+
+
 def draw(
   score: Callable[[Params], ScoreFn],
   params: Params,
@@ -53,18 +78,11 @@ def draw(
   Returns:
     Arrays `x [num, *shape]`, `nfe [num]`, `code [num]` (0 where the solve succeeded) and `accepted [num]`.
   """
-
-  def one_batch(params: Params, example: jax.Array) -> dict[str, jax.Array]:
-    prior_key, path_key = keys.split(example)
-    sample = sampler(path_key, sde.prior_sample(prior_key, (len(example), *shape)), score(params))
-    return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
-
-  run = jax.jit(parallel.shard_examples(one_batch, mesh))
-  params = parallel.replicate(mesh, params)
+  batch = drawer(score, params, sde, sampler, shape, batch_size, seed, mesh)
   parts = []
   with tqdm(total=num, unit="sample", desc="sampling", disable=None) as bar:
     for start in range(0, num, batch_size):
-      parts.append(jax.device_get(run(params, keys.example_keys(_sampling_key(seed), start, batch_size))))
+      parts.append(batch(start))
       bar.update(min(batch_size, num - start))
   return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
