@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= runs/digits
 DEMO_FLAGS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 .PHONY: help setup demo test parity lint format benchmark gallery constraints clean
 
