@@ -38,7 +38,7 @@ test: $(STAMP)  ## Run the tests, the docstring examples and the check of the im
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(TEST_FLAGS)
 
-parity: .venv-parity/.installed  ## Compare the samplers with diffusers (Python 3.11; installs PyTorch for the CPU).
+parity: .venv-parity/.installed  ## Compare with diffusers and PyTorch (Python 3.11; installs PyTorch for the CPU).
 	.venv-parity/bin/python -m pytest tests/test_parity*.py
 
 .venv-parity/.installed: pyproject.toml constraints.txt

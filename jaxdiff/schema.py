@@ -70,14 +70,14 @@ class EvaluateSettings:
   """How to measure samples: how many, how many at a time, against which held-out split and up to how many training
   examples (0 for all), by which features, and k of the neighbours of precision and recall, density and coverage.
 
-  `weights` is the path of the file that the features "mobilenet" need.
+  `weights` is the path of the file that the features "mobilenet" and "inception" need.
   """
 
   num: int = 1000
   batch_size: int = 120
   split: str = "test"
   reference: int = 50_000
-  features: Literal["auto", "cnn", "raw", "mobilenet"] = "auto"
+  features: Literal["auto", "cnn", "raw", "mobilenet", "inception"] = "auto"
   weights: str | None = None
   manifold_k: int = 3
   coverage_k: int = 5

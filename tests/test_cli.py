@@ -317,7 +317,7 @@ def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
   for argument, message in {
     "batch_size=12": "config.evaluate.batch_size = 12 cannot be split over 8 devices",
     "features=cnn": "config.evaluate: features 'cnn' are those of a classifier and need images",
-    "features=fid": "config.evaluate.features must be 'auto' or 'cnn' or 'raw' or 'mobilenet', got 'fid'",
+    "features=fid": "must be 'auto' or 'cnn' or 'raw' or 'mobilenet' or 'inception', got 'fid'",
     "reference=5": "need 6 examples a side; there are 5 to train and 40 held out",
   }.items():
     assert message in fails(2, capsys, "evaluate", trained, f"--config.evaluate.{argument}")

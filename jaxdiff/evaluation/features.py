@@ -3,10 +3,11 @@
     raw         the data themselves, flattened (FD-raw): for vectors, and images without labels
     cnn         64 features of a small classifier of the training data (FD-cnn)
     mobilenet   1280 features of MobileNetV2 for colour images, from a file of weights (FD-mobilenet)
+    inception   2048 features of the FID's Inception-v3 for images, from the file of weights of pytorch-fid (FID, KID)
 
-None of them is the Inception network, so none of the distances is an FID or KID. Your own network:
+Only with the last, whose weights are the user's, are the distances called FID and KID. Your own network:
 
-    Features("inception", params, apply)        apply(params, x: [b, *d] in the range of the data) -> [b, f]
+    Features("my_network", params, apply)      apply(params, x: [b, *d] in the range of the data) -> [b, f]
 """
 
 from collections.abc import Callable, Mapping
@@ -20,19 +21,23 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 
 from jaxdiff import parallel
-from jaxdiff.evaluation import classifier, mobilenet
+from jaxdiff.evaluation import classifier, inception, mobilenet
 from jaxdiff.evaluation.chunks import identify, in_chunks
 from jaxdiff.losses import decoders
 from jaxdiff.typing import Params
 
-KINDS = ("auto", "cnn", "raw", "mobilenet")
+KINDS = ("auto", "cnn", "raw", "mobilenet", "inception")
+_FILES = {  # of weights, and the colours of their images
+  "mobilenet": ("torchvision's mobilenet_v2-b0353104.pth", (3,)),
+  "inception": (f"pytorch-fid's {inception.FILE}", (1, 3)),
+}
 
 
 class Features(NamedTuple):
   """A feature function.
 
   Attributes:
-    name: what the distances are called after: FD-name, KD-name.
+    name: what the distances are called after: FD-name, KD-name; FID, KID for "inception".
     params: its parameters, a pytree of arrays.
     apply: `(params, x: [b, *d]) -> [b, f]`, example by example; images in [-1, 1].
   """
@@ -57,6 +62,22 @@ def mobilenet_v2(path: Path) -> Features:
   return Features("mobilenet", mobilenet.load(path), mobilenet.features)
 
 
+def inception_v3(path: Path, levels: int | None = None) -> Features:
+  """Features of the FID's Inception-v3 with the weights of pytorch-fid's file, which the user supplies.
+
+  Args:
+    path: of pt_inception-2015-12-05-6726825d.pth.
+    levels: of integers k. They come here as the centres of their cells and enter the network as 2 k / (levels - 1) - 1,
+      as in that project, black at -1 and white at 1; None takes images as they are.
+
+  Raises:
+    ValueError: the file holds something else.
+    OSError: it cannot be read.
+  """
+  stretch = 1.0 if levels is None else levels / (levels - 1)
+  return Features("inception", inception.load(path), lambda params, x: inception.features(params, stretch * x))
+
+
 def cnn(x: Shaped[np.ndarray, "n h w c"], label: Int[np.ndarray, " n"], levels: int | None, seed: int) -> Features:
   """Features of a classifier trained on these images.
 
@@ -79,7 +100,7 @@ def choose(kind: str, data: Mapping[str, np.ndarray], levels: int | None, seed: 
     data: the training data, `x [n, *d]` and, where known, `label [n]`.
     levels: of integer x.
     seed: of the classifier.
-    weights: the path of the file for `mobilenet`.
+    weights: the path of the file for `mobilenet` and `inception`.
 
   Raises:
     ValueError: the data do not fit the features, or the file is missing or wrong.
@@ -93,11 +114,14 @@ def choose(kind: str, data: Mapping[str, np.ndarray], levels: int | None, seed: 
     if not classified:
       raise ValueError("features 'cnn' are those of a classifier and need images [h, w, c] with labels: take 'raw'")
     return cnn(data["x"], data["label"], levels, seed)
+  file, colours = _FILES[kind]
   if weights is None:
-    raise ValueError("features 'mobilenet' need weights, the path of torchvision's mobilenet_v2-b0353104.pth")
-  if data["x"].shape[1:][-1:] != (3,) or data["x"].ndim != 4:
-    raise ValueError(f"features 'mobilenet' are of images [h, w, 3]; the data have shape {data['x'].shape[1:]}")
-  return mobilenet_v2(Path(weights).expanduser())
+    raise ValueError(f"features {kind!r} need weights, the path of {file}")
+  if data["x"].ndim != 4 or data["x"].shape[-1] not in colours:
+    wanted = " or ".join(map(str, colours))
+    raise ValueError(f"features {kind!r} are of images [h, w, {wanted}]; the data have shape {data['x'].shape[1:]}")
+  path = Path(weights).expanduser()
+  return mobilenet_v2(path) if kind == "mobilenet" else inception_v3(path, levels)
 
 
 def to_values(x: Shaped[np.ndarray | Array, "n *d"], levels: int | None) -> Float[Array, "n *d"]:

@@ -65,8 +65,9 @@ def measure(
     coverage_k: k of density and coverage.
 
   Returns:
-    FD, KD, precision, recall, density and coverage of the features; for raw features of few dimensions the sliced
-    Wasserstein distance; the median distance of the data to their nearest training example.
+    FD and KD (FID and KID for the features "inception"), precision, recall, density and coverage of the features; for
+    raw features of few dimensions the sliced Wasserstein distance; the median distance of the data to their nearest
+    training example.
 
   Raises:
     ValueError: fewer examples on a side than the metrics need, or values that are not finite.
@@ -75,9 +76,10 @@ def measure(
   shuffled = train.features[np.random.default_rng(seed).permutation(len(train.features))]
   paired = min(len(shuffled), len(other.features))
   frechet = distances.frechet_distance(distances.moments(train.features), distances.moments(other.features))
+  names = ("FID", "KID") if name == "inception" else (f"FD-{name}", f"KD-{name}")
   rows = {
-    f"FD-{name}": exact(frechet),
-    f"KD-{name}": distances.kernel_distance(shuffled, other.features, max(1, min(_BLOCKS, paired // 2))),
+    names[0]: exact(frechet),
+    names[1]: distances.kernel_distance(shuffled, other.features, max(1, min(_BLOCKS, paired // 2))),
   }
   if name == "raw":
     key = jax.random.key(seed)
