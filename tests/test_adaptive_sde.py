@@ -5,7 +5,6 @@ import pytest
 from oracles import SDES, Gaussian, gaussian
 
 import jaxdiff as jd
-from jaxdiff.samplers.brownian import brownian_path
 
 KEY = jax.random.key(0)
 
@@ -40,17 +39,6 @@ def test_a_tighter_tolerance_follows_the_same_path_more_closely():
   error = [float(jnp.sqrt(jnp.mean((sample.x - tight.x) ** 2))) for sample in (loose, middle)]
   assert error[1] < 0.5 * error[0] < 0.1
   assert np.all(middle.nfe > loose.nfe)
-
-
-def test_brownian_path_has_independent_increments_of_the_right_variance():
-  """20 000 paths at uneven times, down to the leaves: variances within 4 standard errors, correlations below 0.03."""
-  n, times = 20_000, np.array([0.0, 1e-6, 0.3, 0.3001, 0.75, 1.0], np.float32)
-  keys = jd.example_keys(KEY, 0, n)
-  path = np.stack([brownian_path(keys, jnp.full(n, t), (n, 1)) for t in times])[..., 0]
-  np.testing.assert_array_equal(path[0], 0)
-  rises = np.diff(path, axis=0)
-  np.testing.assert_allclose(rises.var(axis=1) / np.diff(times), 1, rtol=4 * np.sqrt(2 / n))
-  assert np.max(np.abs(np.corrcoef(rises) - np.eye(5))) < 0.03
 
 
 def test_evaluations_are_counted_example_by_example():
