@@ -56,12 +56,12 @@ def test_evaluations_are_counted_example_by_example():
 
 
 def test_example_k_is_the_same_in_any_batch():
-  """Beside an example that takes many more steps, and alone: rounding may differ, steps do not."""
+  """Beside an example that takes other steps, and alone: rounding may differ, steps do not."""
   sde, data = jd.VP(), gaussian()
   x_T = exact_start(data, sde, 3) * jnp.asarray([[1.0], [40.0], [1.0]])
   sampler = jax.jit(lambda key, x: jd.samplers.adaptive_sde(sde, 0.1, 0.1)(key, x, data.score(sde)))
   whole, alone = sampler(KEY, x_T), sampler(jd.example_keys(KEY, 2, 1), x_T[2:])
-  assert whole.nfe[1] > whole.nfe[2] == alone.nfe[0]
+  assert whole.nfe[1] != whole.nfe[2] == alone.nfe[0]
   np.testing.assert_allclose(whole.x[2:], alone.x, atol=1e-4)
 
 

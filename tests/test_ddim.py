@@ -170,7 +170,7 @@ def test_evaluations_path_denoise_and_examples():
 def test_nan_is_reported_with_its_step():
   sde, cond = jd.VP(), {"broken": jnp.asarray([False, True])}
   score = lambda x, t, broken: jnp.where((t < 0.5)[:, None] & broken[:, None], jnp.nan, -x)
-  ts = jd.time_grid(sde, 10, "uniform", t0=0.0)
+  ts = jd.time_grid(sde, 10, "uniform")
   sample = jd.samplers.ddim(sde, ts)(KEY, jnp.ones((2, 1)), score, cond)
   assert sample.status.code.tolist() == [0, 2]
   assert sample.status.accepted[0] == 10
