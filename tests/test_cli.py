@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -96,12 +97,27 @@ def test_sample_finds_the_run_s_own_config(trained, capsys):
   run("sample", trained)
   out, err = capsys.readouterr()
   assert str(trained / "samples.png") in out
-  assert err == "sampling from step 40\n"
+  assert re.fullmatch(r"sampling from step 40 by probability_flow\n\d+ network evaluations a sample\n", err), err
   drawn = np.load(trained / "samples.npz", allow_pickle=False)
   assert drawn["x"].shape == (24, 2)
   assert drawn["nfe"].min() > 0
   for name in ("samples.png", "denoising.png"):
     assert np.asarray(Image.open(trained / name)).std() > 5
+
+
+def test_short_flags_choose_the_sampler_its_steps_and_an_animation(trained, capsys):
+  run("sample", trained, "--sampler=unipc", "--steps=6", "--num=16", "--gif", "--config.sample.threshold=static")
+  out, err = capsys.readouterr()
+  assert "by unipc\n6 network evaluations a sample" in err
+  assert str(trained / "denoising.gif") in out
+  drawn = np.load(trained / "samples.npz", allow_pickle=False)
+  assert drawn["x"].shape == (16, 2)
+  assert set(drawn["nfe"]) == {6}
+  with Image.open(trained / "denoising.gif") as animation:
+    assert animation.n_frames == 7
+    first = np.asarray(animation.convert("L"))
+    animation.seek(6)
+    assert np.abs(first - np.asarray(animation.convert("L")).astype(float)).max() > 50
 
 
 def test_likelihood_reports_mean_error_and_settings(trained, capsys):
@@ -313,6 +329,16 @@ def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
   assert "config.sample.batch_size = 12 cannot be split over 8 devices" in fails(
     2, capsys, "sample", trained, "--config.sample.batch_size=12"
   )
+  for flags, message in {
+    ("--steps=5",): "--steps: probability_flow chooses its steps by itself; set its tolerances, --config.sampler.rtol",
+    ("--sampler=unipcc",): "config.sampler.type is 'unipcc'; did you mean 'unipc'?",
+    ("--sampler=ddim", "--steps=5", "--config.sampler.eta=2"): "config.sampler: eta must lie in [0, 1]",
+    ("--sampler=unipc", "--steps=1"): "config.sampler: order must be at most the number of steps",
+    ("--sampler=annealed_langevin",): "annealed_langevin walks down the levels of a chain: it needs",
+    ("--sampler=ancestral", "--steps=5", "--config.sampler.variance=learned"): "learned_variance=True",
+    ("--num=x",): "config.sample.num must be an integer, got 'x'",
+  }.items():
+    assert message in fails(2, capsys, "sample", trained, *flags)
   assert "did you mean 'test'" in fails(2, capsys, "likelihood", trained, "--config.likelihood.split=tests")
   for argument, message in {
     "batch_size=12": "config.evaluate.batch_size = 12 cannot be split over 8 devices",

@@ -35,7 +35,11 @@ def test_public_names_of_the_design_exist():
     "SDE ScalarSDE VP SubVP VE EDM CosineVP LinearSDE VariancePreserving perturb reverse example_keys raise_if_failed "
     "time_grid score_fn score_of denoised ddpm.Chain ncsn.Chain losses.denoising losses.explicit losses.implicit "
     "losses.sliced losses.ncsn losses.ddpm_simple losses.ddpm_elbo losses.ddpm_hybrid losses.vdm losses.bound "
-    "losses.averaged losses.decoders samplers.reverse_sde samplers.probability_flow likelihood.log_prob "
+    "losses.averaged losses.decoders samplers.reverse_sde samplers.probability_flow samplers.ancestral "
+    "samplers.ddim samplers.ddim_encode samplers.dpm_solver samplers.dpm_solver_pp samplers.unipc samplers.edm "
+    "samplers.predictor_corrector samplers.langevin samplers.mala samplers.annealed_langevin samplers.adaptive_sde "
+    "samplers.reverse_diffusion samplers.stochastic_heun samplers.probability_flow_encode samplers.interpolate "
+    "samplers.thresholded samplers.FixedGrid parallel.shard_examples likelihood.log_prob "
     "likelihood.bits_per_dim divergence.exact divergence.hutchinson predictions.noise predictions.data "
     "predictions.velocity predictions.score predictions.edm schedules.Gamma typing.Sample typing.LogProb"
   )

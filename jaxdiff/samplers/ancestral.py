@@ -104,7 +104,9 @@ def ancestral(
       data = field.denoised(x, t)
     return expand(of_state, x) * x + expand(of_data, x) * data + std * keys.normal(noise, x.shape, x.dtype), memory
 
-  return FixedGrid(sde, times, Method(step, (at.t, of_state, of_data, std, widen), len(times) - 1), denoise, path)
+  to_data = not isinstance(noisy, jax.core.Tracer) and not bool(noisy[-1])
+  method = Method(step, (at.t, of_state, of_data, std, widen), len(times) - 1, to_data=to_data)
+  return FixedGrid(sde, times, method, denoise, path)
 
 
 def snr_ratio(at: Intervals) -> Float[Array, " steps"]:

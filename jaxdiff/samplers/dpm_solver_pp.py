@@ -9,8 +9,9 @@ The denoiser in the exact solution (exponential.py, eq. 1) becomes the polynomia
     a = sigma_next / sigma exp(-eta^2 h),     n = sigma_next sqrt(1 - exp(-2 eta^2 h)),     J_k = J_k((1 + eta^2) h)
     d_2 = (delta_0 - delta_1) / (r_0 + r_1),  d_1 = delta_0 + r_0 d_2,  delta_i = (D_i - D_{i+1}) / r_i
 
-with D_i the value i steps ago and r_i = h_{-1-i} / h. At n = 0 the error is of order h^1, h^2 and h^3; for eta > 0 that
-of the moments is of order h^1, h^2 and h^2.
+with D_i the value i steps ago and r_i = h_{-1-i} / h. At n = 0 the error is of order h^1, h^2 and, from exact starting
+values, h^3: the first step of 3M, of order 1, leaves h^2, which is small where D hardly moves at the start, as it does
+at the prior. For eta > 0 the error of the moments is of order h^1, h^2 and h^2.
 
 2M has the paper's J_0 / 2 (the midpoint rule) where the exact integral of the line is J_1. The order is the same; at 40
 steps for a mixture in 64 dimensions with modes of std 0.05 it leaves 0.35 nats where J_1 leaves 0.59. Common
@@ -115,7 +116,15 @@ def _nodes(ends: Intervals, eta: Scalar, order: int, lower_order_final: bool, co
   orders = exponential.step_orders(order, ends.sigma_next, lower_order_final)
   weights = ends.alpha_next[:, None] * exponential.by_order(orders, each, order)
   keep = ends.sigma_next / ends.sigma * jnp.exp(-(eta**2) * h)
-  return ends.t, keep, weights, ends.sigma_next * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h))
+  return ends.t, keep, weights, ends.sigma_next * _noise(eta, h)
+
+
+def _noise(eta: Scalar, h: Array) -> Array:
+  """sqrt(1 - exp(-2 eta^2 h)), with a derivative at eta = 0."""
+  exponent = 2 * eta**2 * h
+  some = exponent > 0
+  share = jnp.where(some, -jnp.expm1(-exponent) / jnp.where(some, exponent, 1.0), 1.0)
+  return eta * jnp.sqrt(2 * h * share)
 
 
 def _check_options(eta: Scalar, coefficients: str) -> None:

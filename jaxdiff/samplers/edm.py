@@ -63,7 +63,8 @@ def edm(
 
   A grid that ends at sigma = 0 is taken at order 2 as its authors do: its last step is an Euler step, which gives the
   denoiser's value, and here without churn. It is then no step of the scan: it is what `denoise=True` does on the grid
-  without its last time, so `path` divides the number of the other steps and the sample replaces their last state.
+  without its last time, so `path` divides the number of the other steps and the sample replaces their last state. For a
+  process or grid that is being traced it stays a step of the scan, with an evaluation more, and may have churn.
 
   Args:
     sde: a process with scalar marginals.
@@ -118,7 +119,8 @@ def edm(
     d = (y - field.denoised(alpha_hat * y, node.t_hat)) / s_hat
     y_next = y + (s_next - s_hat) * d
     if order == 2:
-      d_next = (y_next - field.denoised(alpha_next * y_next, node.t_next)) / s_next
+      there = (y_next - field.denoised(alpha_next * y_next, node.t_next)) / jnp.where(s_next > 0, s_next, 1.0)
+      d_next = jnp.where(s_next > 0, there, d)
       y_next = y + (s_next - s_hat) * (0.5 * (d + d_next))
     return alpha_next * y_next, memory
 
@@ -144,5 +146,7 @@ def _nodes(
   t_hat = jnp.where(churned, sde.time_of_log_snr(-2 * jnp.log(raised)), ends.t)
   alpha_hat, sigma_hat = sde.marginal(t_hat)
   s_hat = sigma_hat / alpha_hat
+  churned &= s_hat > s  # rounding may lose a tiny churn
   added = jnp.where(churned, (s_hat - s) * (s_hat + s), 0.0)
-  return _Node(ends.alpha, t_hat, alpha_hat, s_hat, noise_scale * jnp.sqrt(added), ends.t_next, ends.alpha_next, s_next)
+  t_next = jnp.where(s_next > 0, ends.t_next, t_hat)  # what is found where no noise is left is not used
+  return _Node(ends.alpha, t_hat, alpha_hat, s_hat, noise_scale * jnp.sqrt(added), t_next, ends.alpha_next, s_next)

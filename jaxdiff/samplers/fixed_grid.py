@@ -57,12 +57,14 @@ class Method(NamedTuple):
     nodes: what each step is given as `node`: a pytree of arrays [steps, ...].
     nfe: network evaluations of all steps.
     memory: what the first step is given as `memory`, from x_T: what a multistep method remembers; () for none.
+    to_data: whether the last step ends at the data themselves, without noise, so that there is no score any more.
   """
 
   step: Callable[[Field, State, Any, Any, Key[Array, " b"]], tuple[State, Any]]
   nodes: Any
   nfe: int
   memory: Callable[[State], Any] = lambda x: ()
+  to_data: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,4 +211,7 @@ def intervals(sde: ScalarSDE, ts: Float[Array, " n"]) -> Intervals:
   """What steps over these times need of the process, computed once."""
   with jax.ensure_compile_time_eval():
     alpha, sigma = sde.marginal(ts)
+    # Where sigma is 0 its derivative by the process is often infinite: it is 0 whatever the process is.
+    silent = jax.lax.stop_gradient(sigma) <= 0
+    sigma = jnp.where(silent, 0.0, sde.marginal(jnp.where(silent, ts[0], ts))[1])
     return Intervals(ts[:-1], ts[1:], alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])

@@ -10,8 +10,8 @@ not biased.
 
 References:
   Roberts & Tweedie 1996, Exponential Convergence of Langevin Distributions, for (1) and (2); Song & Ermon 2019,
-  Generative Modeling by Estimating Gradients, Algorithm 1, for (3); Song & Ermon 2020, Improved Techniques for Training
-  Score-Based Generative Models, for (4).
+  Generative Modeling by Estimating Gradients, Algorithm 1, for (3); Jolicoeur-Martineau et al. 2020, Adversarial
+  Score Matching and Improved Sampling for Image Generation, Section 3, for (4).
 """
 
 from collections.abc import Callable

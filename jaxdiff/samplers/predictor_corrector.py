@@ -5,7 +5,7 @@
 The Langevin corrector steps by the score at time s, with the noise of a signal-to-noise ratio r:
 
     x <- x + eta / 2 score(x, s) + sqrt(eta) z,      eta / 2 = 2 alpha_s^2 (r |z| / |score|)^2                  (2)
-    with the root mean squares |z| = sqrt(d), |score| = sqrt(d) / sigma_s:      eta = 4 (r alpha_s sigma_s)^2   (3)
+    with |z| = sqrt(d) and |score| = sqrt(d) / sigma_s:      eta = 4 (r alpha_s sigma_s)^2                      (3)
 
 References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, Algorithms 2-5 and Appendix G.
@@ -44,9 +44,12 @@ def langevin_corrector(snr: Scalar = 0.16, steps: int = 1) -> Corrector:
   """Langevin steps by signal-to-noise ratio, eq. (3), for any process with scalar marginals.
 
   Norms of single examples in eq. (2) would give steps that depend on the state, whose stationary law is not p_t (and
-  which are infinite where the score is 0); norms over a batch would tie an example to the others. So both are replaced
-  by their root mean squares, that of the score being that of -eps / sigma: one step size for a time. alpha^2 is the
-  cumulative alpha-bar of a DDPM chain, and 1 for VE and EDM.
+  which are infinite where the score is 0); norms over a batch would tie an example to the others. So |z| becomes its
+  root mean square, and |score| the largest root mean square that it can have, that of -eps / sigma, which data without
+  spread reach: one step size for a time, stable for every snr below 1. For data with spread the steps are shorter than
+  the paper's, by |score|^2 sigma^2 / d; for images at small noise, thin in most directions, they are about the same.
+  alpha^2 is the cumulative alpha-bar of a DDPM chain, as in the paper, and 1 for VE and EDM. The paper's published code
+  has 1 - beta_i in its place for VP, so that its steps are far longer at large noise: values of snr do not carry over.
 
   Args:
     snr: signal-to-noise ratio r.
@@ -114,6 +117,8 @@ def predictor_corrector(predictor: FixedGrid, corrector: Corrector, denoise: boo
       "take a one-step method such as reverse_diffusion"
     )
   check_noise(sde, ts[-1], "predictor_corrector")
+  if method.to_data:
+    raise ValueError("predictor must not end at the data of its chain, where there is no score: end its ts at 1")
 
   def step(field: Field, x: State, memory: Any, node: tuple[Array, Any], noise: Key[Array, " b"]) -> Any:
     t_next, interval = node

@@ -163,7 +163,7 @@ def interpolate(
 
   Args:
     first: latents `[b, *d]`, such as encodings.
-    last: as many others.
+    last: as many others; opposite latents have no one arc, but random ones are never near that.
     fractions: how far along, `[n]`; 0 gives `first`, 1 gives `last`.
 
   Returns:
@@ -182,7 +182,12 @@ def interpolate(
   if first.shape != last.shape:
     raise ValueError(f"first and last must have one shape, got {first.shape} and {last.shape}")
   axes = range(1, first.ndim)
-  norm = lambda z: jnp.sqrt(jnp.sum(z**2, axis=axes))
+
+  def norm(z: Array) -> Array:
+    square = jnp.sum(z**2, axis=axes)
+    some = square > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
+
   unit = lambda z: z / expand(jnp.maximum(norm(z), jnp.finfo(z.dtype).tiny), z)
   # 2 atan2(|a - b|, |a + b|) has all its digits for small angles, where arccos of the product has half.
   apart, together = norm(unit(first) - unit(last)), norm(unit(first) + unit(last))

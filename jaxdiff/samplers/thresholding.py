@@ -37,7 +37,13 @@ class _Thresholded:
     return (alpha * self.denoised(x, t, **cond) - x) / sigma**2
 
   def denoised(self, x: State, t: Time, /, **cond: Array) -> State:
-    data = predictions.denoised(self.sde, self.score, x, t, **cond)
+    return self._within(predictions.denoised(self.sde, self.score, x, t, **cond))
+
+  def denoised_and_v(self, x: State, t: Time, /, **cond: Array) -> tuple[State, State]:
+    data, v = predictions.denoised_and_v(self.score, x, t, **cond)
+    return self._within(data), v
+
+  def _within(self, data: State) -> State:
     if self.quantile is None:
       return jnp.clip(data, -self.limit, self.limit)
     size = jnp.quantile(jnp.abs(data).reshape(len(data), -1), self.quantile, axis=1)

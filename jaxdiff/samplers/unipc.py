@@ -1,6 +1,6 @@
 """UniPC: a multistep predictor, corrected at every grid point by the very evaluation that the next step needs.
 
-With the weights of exponential.py, eq. (3), for p values of the denoiser D (data prediction, B(h) = e^h - 1):
+With the weights of exponential.py, eq. (3), for p values of the denoiser D, and B(h) = 1 - e^-h = J_0 (bh2):
 
     UniP-p     x_next = sigma_next / sigma x + alpha_next sum_{j<p} w_j D_j,       nodes 0, -r_0, -r_0 - r_1         (1)
     UniC-p     the same with one node more, theta = 1: D at the predicted x_next,  at which the next step starts     (2)

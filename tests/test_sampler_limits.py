@@ -1,0 +1,83 @@
+"""Where noise ends, schedules are traced or numbers are about to vanish: values and derivatives stay right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff as jd
+from jaxdiff import samplers
+
+KEY, X = jax.random.key(0), jnp.asarray([[1.0, -0.5], [0.3, 2.0]])
+TO_DATA = np.asarray([1.0, 0.7, 0.4, 0.2, 0.0])
+SCORE = lambda x, t: -x / (0.3 + t[:, None])
+
+MAKE = {
+  "ddim": samplers.ddim,
+  "ancestral": lambda sde, ts: samplers.ancestral(sde, ts, "beta"),
+  "dpm_solver_pp": samplers.dpm_solver_pp,
+  "unipc": samplers.unipc,
+  "edm": samplers.edm,
+}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_gradient_of_a_process_whose_grid_ends_without_noise(kind, x64):
+  """By reverse mode in beta_min, against central differences."""
+
+  def total(beta_min):
+    sample = MAKE[kind](jd.VP(beta_min=beta_min), jnp.asarray(TO_DATA))(KEY, X.astype(jnp.float64), SCORE)
+    return jnp.sum(sample.x**2)
+
+  value = jax.jit(total)
+  expected = (value(0.101) - value(0.099)) / 0.002
+  np.testing.assert_allclose(jax.jit(jax.grad(total))(0.1), expected, rtol=1e-4)
+
+
+def test_heun_of_a_traced_process_ends_as_that_of_a_known_one():
+  run = lambda sde: samplers.edm(sde, jnp.asarray(TO_DATA))(KEY, X, SCORE)
+  traced, known = jax.jit(run)(jd.VP()), run(jd.VP())
+  np.testing.assert_allclose(traced.x, known.x, rtol=1e-4)
+  assert (traced.status.code.tolist(), known.status.code.tolist()) == ([0, 0], [0, 0])
+  assert (traced.nfe[0], known.nfe[0]) == (8, 7)
+
+
+def test_derivative_in_the_amount_of_noise_exists_at_none(x64):
+  sde = jd.VP()
+  ts = jd.time_grid(sde, 5)
+  total = lambda eta: jnp.sum(samplers.dpm_solver_pp(sde, ts, eta=eta)(KEY, X.astype(jnp.float64), SCORE).x)
+  value = jax.jit(total)
+  np.testing.assert_allclose(jax.jit(jax.grad(total))(0.0), (value(1e-5) - value(0.0)) / 1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("churn", [1e-7, 1e-5, 1e-3])
+def test_a_churn_lost_in_rounding_is_none(churn):
+  sde = jd.SubVP()
+  sample = samplers.edm(sde, jd.time_grid(sde, 100), churn=churn)(KEY, X, SCORE)
+  assert sample.status.code.tolist() == [0, 0]
+
+
+def test_a_corrector_needs_noise_where_the_chain_arrives():
+  chain = jd.ncsn.Chain(jd.ncsn.geometric_sigmas(10, 0.1, 1.0))
+  corrector = samplers.langevin_corrector()
+  with pytest.raises(
+    ValueError, match="must not end at the data of its chain, where there is no score: end its ts at 1"
+  ):
+    samplers.predictor_corrector(samplers.ancestral(chain, range(10, -1, -5)), corrector)
+  assert samplers.predictor_corrector(samplers.ancestral(chain, [10, 5, 1]), corrector).method.nfe == 4
+
+
+def test_thresholding_keeps_a_learned_variance():
+  sde, chain = jd.VP(), jd.ddpm.Chain(jd.ddpm.linear_betas(50))
+  apply = lambda params, x, t: jnp.concatenate([3 * x, 0.5 * x], axis=-1)
+  score = jd.score_fn(apply, None, sde, jd.predictions.data(), learned_variance=True)
+  bounded = samplers.thresholded(sde, score)
+  np.testing.assert_array_equal(bounded.denoised_and_v(X, 0.5)[0], jnp.clip(3 * X, -1, 1))
+  np.testing.assert_array_equal(bounded.denoised_and_v(X, 0.5)[1], score.denoised_and_v(X, 0.5)[1])
+  sample = samplers.ancestral(chain, range(50, -1, -10), "learned")(KEY, X, bounded)
+  assert jnp.max(jnp.abs(sample.x)) <= 1
+
+
+def test_gradient_between_equal_latents_is_finite():
+  total = lambda z: jnp.sum(samplers.interpolate(z, X, jnp.asarray([0.3])) ** 2)
+  assert jnp.all(jnp.isfinite(jax.grad(total)(X)))
