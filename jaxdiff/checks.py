@@ -103,6 +103,20 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
     raise ValueError(f"u must be one number per example, [{size}]; got shape {jnp.shape(u)}")
 
 
+def score(x: Any, value: Any) -> Any:
+  """What a score gave for x, in the type of x; refused unless it is an array of floating point numbers like x.
+
+  Raises:
+    TypeError: for anything but such an array, a pair of an output and something else for one.
+    ValueError: for another shape, also one that would broadcast.
+  """
+  if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+    raise TypeError(f"score must return a floating point array, got {getattr(value, 'dtype', type(value).__name__)}")
+  if value.shape != x.shape:
+    raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {value.shape}")
+  return value.astype(x.dtype)
+
+
 def callable_pytree(name: str, value: Any) -> None:
   """Refuse functions that cannot pass through jit as an argument, and what is no function."""
   made(name, value)

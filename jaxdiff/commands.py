@@ -102,6 +102,7 @@ def sample(config: Config, workdir: Path) -> None:
     score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh
   )
   np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
+  (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
   status.check(drawn["code"], drawn["accepted"])
   _say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
   if _can_be_shown(source):
@@ -149,8 +150,8 @@ def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: Samp
   else:
     # Most of the way is pure noise or all but done: ten of twelve columns show the middle half.
     fractions = np.array([0.0, *np.linspace(0.25, 0.75, 10), 1.0])
-    shown = few[(fractions * (len(few) - 1)).round().astype(int)]
-    pictures.save_grid(workdir / "denoising.png", shown.swapaxes(0, 1).reshape(-1, *source.shape), columns=12)
+    shown = few[np.unique((fractions * (len(few) - 1)).round().astype(int))]
+    pictures.save_grid(workdir / "denoising.png", shown.swapaxes(0, 1).reshape(-1, *source.shape), columns=len(shown))
   if settings.gif:
     pictures.save_animation(workdir / "denoising.gif", paths, columns=round(paths.shape[1] ** 0.5))
 

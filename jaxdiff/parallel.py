@@ -109,7 +109,8 @@ def shard_examples(fn: Callable, mesh: Mesh) -> Callable:
     A function of global arrays with the same signature; wrap it in `jax.jit` (or call it inside one).
 
   Raises:
-    ValueError: (when called) a leading size differs or is not divisible by the number of devices.
+    ValueError: (when called) a leading size differs or is not divisible by the number of devices, or an output has
+      another leading axis than the examples.
 
   Example:
     >>> draw = shard_examples(
@@ -122,8 +123,18 @@ def shard_examples(fn: Callable, mesh: Mesh) -> Callable:
   def sharded(params: PyTree, *examples: PyTree) -> Any:
     _check_divisible(mesh, examples, "examples")
     in_specs = (P(), *(P(DATA_AXIS) for _ in examples))
+
+    def checked(params: PyTree, *examples: PyTree) -> Any:
+      size, out = jax.tree.leaves(examples)[0].shape[0], fn(params, *examples)
+      if wrong := [leaf.shape for leaf in jax.tree.leaves(out) if leaf.shape[:1] != (size,)]:
+        raise ValueError(
+          f"fn must return arrays whose leading axis is that of the examples, [{size}, ...] on each device; got shapes "
+          f"{wrong}: of a path, return jnp.moveaxis(sample.path, 1, 0)"
+        )
+      return out
+
     # check_vma=False: the while loops of diffrax carry values whose replication JAX cannot infer.
-    mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=P(DATA_AXIS), check_vma=False)
+    mapped = jax.shard_map(checked, mesh=mesh, in_specs=in_specs, out_specs=P(DATA_AXIS), check_vma=False)
     return mapped(params, *examples)
 
   return sharded

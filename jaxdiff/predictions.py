@@ -282,7 +282,8 @@ def score_of(log_density: Callable[..., Array]) -> Network:
     log_density: `(x: [b, *d], t: [b], **cond) -> [b]`, example by example; constants in x do not matter.
 
   Returns:
-    A network `(x, t, **cond) -> [b, *d]` with `predictions.score()`, and a score for samplers and likelihoods.
+    A network `(x, t, **cond) -> [b, *d]` with `predictions.score()`, and a score for samplers and likelihoods; a pytree
+    without leaves, so that it passes through jit.
 
   Raises:
     ValueError: when called, if the log-density is not one number per example.
@@ -298,7 +299,7 @@ def score_of(log_density: Callable[..., Array]) -> Network:
   if not callable(log_density):
     raise TypeError(f"log_density must be a function (x, t, **cond) -> [b], got {type(log_density).__name__}")
 
-  return lambda x, t, /, **cond: log_density_and_score(log_density, x, t, cond)[1]
+  return jax.tree_util.Partial(lambda x, t, /, **cond: log_density_and_score(log_density, x, t, cond)[1])
 
 
 def log_density_and_score(
@@ -323,7 +324,7 @@ def denoised(sde: ScalarSDE, score: ScoreFn, x: State, t: Time, **cond: Array) -
     return direct(x, t, **cond)
   t = batch_time(t, x)
   alpha, sigma = (expand(value, x) for value in sde.marginal(t))
-  return (x + sigma**2 * score(x, t, **cond).astype(x.dtype)) / alpha
+  return (x + sigma**2 * checks.score(x, score(x, t, **cond))) / alpha
 
 
 def denoised_and_v(score: ScoreFn, x: State, t: Time, **cond: Array) -> tuple[State, State]:

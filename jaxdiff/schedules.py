@@ -304,7 +304,7 @@ def time_grid(
 
   Raises:
     ValueError: for steps below 1, an unknown kind, a t0 outside [0, t1).
-    TypeError: for steps that are no integer.
+    TypeError: for steps that are no integer, a process without scalar marginals.
 
   Example:
     >>> import jaxdiff as jd
@@ -315,6 +315,11 @@ def time_grid(
     Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, eq. 5.
   """
   checks.made("sde", sde)
+  if not all(hasattr(sde, name) for name in ("t1", "marginal", "time_of_log_snr")):
+    raise TypeError(
+      f"sde must be a process with scalar marginals, got {type(sde).__name__}: for a chain pass chain.sde(); for any "
+      "other process give samplers decreasing times of your own, such as jnp.linspace(t1, t0, steps + 1)"
+    )
   if not hasattr(steps, "__index__"):
     raise TypeError(f"steps must be an integer, got {steps!r}")
   if steps < 1:

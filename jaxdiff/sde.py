@@ -148,6 +148,7 @@ def reverse(
 
   Raises:
     ValueError: for a negative eta; when called, for a score of another shape than x.
+    TypeError: when called, for a score that is no array of floating point numbers.
 
   References:
     Song et al. 2021, eq. 6 (eta = 1) and eq. 13 (eta = 0); Zhang & Chen 2023, DEIS, Section 2, for every eta.
@@ -157,10 +158,8 @@ def reverse(
 
   def drift(x: State, t: Time, **cond: Array) -> State:
     t = batch_time(t, x)
-    value = score(x, t, **cond)
-    if value.shape != x.shape:
-      raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {value.shape}")
-    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, value.astype(x.dtype)))
+    value = checks.score(x, score(x, t, **cond))
+    return sde.drift(x, t) - 0.5 * (1 + eta**2) * sde.diffuse(t, sde.diffuse(t, value))
 
   def diffuse(t: Time, v: State) -> State:
     return eta * sde.diffuse(t, v)

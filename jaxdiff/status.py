@@ -12,8 +12,8 @@ NOT_IN_LEVELS = 3
 _ADVICE = {
   MAX_STEPS: "reached max_steps before the end of the solve; raise max_steps, or loosen rtol and atol",
   NON_FINITE: (
-    "met a value that is not finite, or a field so rough that the step size vanished; "
-    "check x and the network's output for NaN at every time of the solve, or loosen rtol and atol"
+    "met a value that is not finite; check x and the network's output for NaN at every time of the solve "
+    "(with adaptive steps, the field may also be so rough that they vanished: loosen rtol and atol)"
   ),
   NOT_IN_LEVELS: "holds integers outside 0..levels-1; check levels against the data",
 }

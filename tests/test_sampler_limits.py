@@ -81,3 +81,38 @@ def test_thresholding_keeps_a_learned_variance():
 def test_gradient_between_equal_latents_is_finite():
   total = lambda z: jnp.sum(samplers.interpolate(z, X, jnp.asarray([0.3])) ** 2)
   assert jnp.all(jnp.isfinite(jax.grad(total)(X)))
+
+
+@pytest.mark.parametrize("make", [samplers.ddim, samplers.reverse_sde, samplers.unipc])
+@pytest.mark.parametrize(
+  ("score", "error", "message"),
+  [
+    (lambda x, t: x[:, :1], ValueError, r"score must return an array of the shape of x, \(2, 2\); got \(2, 1\)"),
+    (lambda x, t: x[0], ValueError, r"shape of x, \(2, 2\); got \(2,\)"),
+    (lambda x, t: (x, t), TypeError, "score must return a floating point array, got tuple"),
+    (lambda x, t: jnp.zeros(x.shape, int), TypeError, "score must return a floating point array, got int32"),
+  ],
+)
+def test_what_is_no_score_is_refused_not_broadcast(make, score, error, message, untyped):
+  sampler = make(jd.VP(), jd.time_grid(jd.VP(), 4))
+  with pytest.raises(error, match=message):
+    sampler(KEY, X, score)
+
+
+def test_a_grid_needs_scalar_marginals(untyped):
+  with pytest.raises(TypeError, match=r"got Chain: for a chain pass chain.sde\(\)"):
+    jd.time_grid(jd.ddpm.Chain(jd.ddpm.linear_betas(50)), 10)
+
+
+def test_a_path_is_not_sharded_along_its_steps():
+  sampler = samplers.ddim(jd.VP(), jd.time_grid(jd.VP(), 4), path=2)
+  draw = jd.parallel.shard_examples(lambda _, x: sampler(KEY, x, SCORE).path, jd.parallel.make_mesh())
+  with pytest.raises(ValueError, match=r"\[4, ...\] on each device; got shapes \[\(3, 4, 2\)\]: of a path, return"):
+    jax.jit(draw)(0.0, jnp.ones((32, 2)))
+
+
+def test_the_score_of_a_density_passes_through_jit():
+  sampler = samplers.ddim(jd.VP(), jd.time_grid(jd.VP(), 4))
+  score = jd.score_of(lambda x, t: -0.5 * jnp.sum(x**2, axis=1))
+  np.testing.assert_allclose(jax.jit(sampler)(KEY, X, score).x, sampler(KEY, X, lambda x, t: -x).x, rtol=1e-5)
+  assert repr(sampler) == "ddim(VP, 4 steps)"

@@ -59,8 +59,8 @@ def adaptive_sde(
 ):
   """Sampler by adaptive steps of the reverse SDE, eqs. (1) to (4), in one loop over the whole batch.
 
-  The network always gets the whole batch; examples that have arrived stand still until the slowest one has. The loop is
-  a `lax.while_loop`: it has forward-mode but no reverse-mode derivatives.
+  The network always gets the whole batch; examples that have arrived stand still until the slowest one has. There are
+  no derivatives through it, neither forwards nor backwards: its path and its number of steps have none.
 
   Args:
     sde: a process with scalar marginals.

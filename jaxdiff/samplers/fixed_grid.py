@@ -29,23 +29,16 @@ class Field(NamedTuple):
 
   def score(self, x: State, t: Time) -> State:
     """The score at (x, t)."""
-    return _like(x, self.network(x, batch_time(t, x), **self.cond))
+    return checks.score(x, self.network(x, batch_time(t, x), **self.cond))
 
   def denoised(self, x: State, t: Time) -> State:
     """E[x_0 | x_t = x]."""
-    return _like(x, predictions.denoised(self.sde, self.network, x, batch_time(t, x), **self.cond))
+    return checks.score(x, predictions.denoised(self.sde, self.network, x, batch_time(t, x), **self.cond))
 
   def denoised_and_v(self, x: State, t: Time) -> tuple[State, State]:
     """E[x_0 | x_t = x] and the v of a learned variance, of one evaluation."""
     value, v = predictions.denoised_and_v(self.network, x, batch_time(t, x), **self.cond)
-    return _like(x, value), _like(x, v)
-
-
-def _like(x: State, value: Any) -> State:
-  """What the score gave for x, refused unless it is of its shape; in its type."""
-  if jnp.shape(value) != x.shape:
-    raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {jnp.shape(value)}")
-  return value.astype(x.dtype)
+    return checks.score(x, value), checks.score(x, v)
 
 
 class Method(NamedTuple):
@@ -67,7 +60,7 @@ class Method(NamedTuple):
   to_data: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FixedGrid:
   """A sampler on a fixed grid: `sampler(key, x_T, score, cond={}) -> Sample`.
 
@@ -90,10 +83,15 @@ class FixedGrid:
   path: int = 0
 
   def __post_init__(self) -> None:
+    checks.made("sde", self.sde, SDE)
+    checks.made("method", self.method, Method)
     check_path(self.path, len(self.ts) - 1)
     if self.denoise:
       checks.made("sde", self.sde, ScalarSDE)
       check_noise(self.sde, self.ts[-1], "denoise=True")
+
+  def __repr__(self) -> str:
+    return f"{self.method.step.__qualname__.split('.')[0]}({type(self.sde).__name__}, {len(self.ts) - 1} steps)"
 
   def __call__(self, key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
     checks.batch("x_T", x_T, cond)

@@ -48,7 +48,7 @@ def langevin(step_size: Scalar, steps: int, t: Scalar = 0.0, path: int = 0):
   Args:
     step_size: eta. The bias of the samples is O(eta).
     steps: how many steps to take.
-    t: the time that the score is called at.
+    t: the time that the score is called at; the score of a process needs one with noise, such as its smallest.
     path: 0 for no path, k to return every k-th state from the first to the last; k divides the number of steps.
 
   Returns:

@@ -40,7 +40,7 @@ def probability_flow(
   denoise: bool = False,
   path: bool = False,
 ) -> Callable[..., Sample]:
-  """Sampler by the probability-flow ODE, each example with its own step sizes.
+  """Sampler by the probability-flow ODE, each example with its own step sizes; differentiable in reverse mode.
 
   Args:
     sde: a process with scalar marginals.
