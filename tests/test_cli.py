@@ -206,12 +206,13 @@ def test_images_from_raw_digits_to_bits(config, tmp_path, capsys, monkeypatch):
   run("train", tmp_path, *arguments)
   run("sample", tmp_path)
   run("likelihood", tmp_path)
-  with pytest.warns(UserWarning, match="24 examples for 64 features"):
-    run("evaluate", tmp_path)
-  assert [c["of"] for c in evaluation(tmp_path)["columns"]] == ["samples", "held-out", "samples"]
-  assert evaluation(tmp_path)["features"] == {"name": "cnn", "count": 64}
-  width, height = Image.open(tmp_path / "neighbours.png").size
-  assert width / height == pytest.approx(8 / 10, rel=0.02)
+  if config == "digits":
+    with pytest.warns(UserWarning, match="24 examples for 64 features"):
+      run("evaluate", tmp_path)
+    assert [c["of"] for c in evaluation(tmp_path)["columns"]] == ["samples", "held-out", "samples"]
+    assert evaluation(tmp_path)["features"] == {"name": "cnn", "count": 64}
+    width, height = Image.open(tmp_path / "neighbours.png").size
+    assert width / height == pytest.approx(8 / 10, rel=0.02)
   assert Image.open(tmp_path / "samples.png").size == Image.open(tmp_path / "samples.png").size[::-1]
   results = json.loads((tmp_path / "likelihood.json").read_text())["results"]
   models = ["model", "model, variational bound"]
@@ -226,7 +227,7 @@ def test_images_from_raw_digits_to_bits(config, tmp_path, capsys, monkeypatch):
     "loss.png",
     "likelihood.json",
     "config.json",
-    "evaluation.json",
+    *(["evaluation.json"] if config == "digits" else []),
   ):
     assert str(tmp_path / name) in out
 

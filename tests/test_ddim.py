@@ -114,7 +114,7 @@ def test_few_steps_are_finite_for_every_prediction(sde):
         found += [jd.samplers.ddim(sde, ts, eta)(KEY, x_T, score).x for eta in (0.0, 1.0)]
     return jnp.stack(found)
 
-  grids = [jd.time_grid(sde, steps) for steps in (2, 5, 20)]
+  grids = [jd.time_grid(sde, steps) for steps in (2, 20)]
   grids += [ts.at[-1].set(0.0) for ts in grids] if zero else []
   x = jax.jit(draw)(x_T, grids)
   assert jnp.all(jnp.isfinite(x))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives
+from jaxdiff import components, factory, objectives, schema
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError

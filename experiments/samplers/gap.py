@@ -1,6 +1,6 @@
 """How exact the samplers are at a given number of network evaluations: the gap of the negative log-likelihood, in nats.
 
-    python experiments/samplers/gap.py [--grid=log_snr] [--process=VP] [--dimension=64] [--std=0.05]
+    python experiments/samplers/gap.py [--grid=log_snr] [--process=VP] [--dimension=64] [--std=0.05] [--evaluations N]
 
 The data are five Gaussian modes of one standard deviation, so that score and density are known and nothing but the
 sampler errs. The gap is E[-log p(sample)] - E[-log p(data)]: negative where samples lie too close to the modes (lost
@@ -105,14 +105,15 @@ def main() -> None:
   parser.add_argument("--process", default="VP", choices=PROCESSES)
   parser.add_argument("--dimension", type=int, default=64)
   parser.add_argument("--std", type=float, default=0.05)
+  parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS)
   options = parser.parse_args()
   sde, data = PROCESSES[options.process], Modes(options.dimension, options.std)
   t0 = float(jd.schedules.start_time(sde, None, jd.schedules.SAMPLING_NOISE_TO_SIGNAL))
   print(f"{options.process}, {options.grid} grid, {options.dimension}-D, modes of std {options.std}, n = {COUNT}")
-  print(f"{'evaluations':<22}" + "".join(f"{n:>10}" for n in EVALUATIONS))
+  print(f"{'evaluations':<22}" + "".join(f"{n:>10}" for n in options.evaluations))
   for name, per_step, make in ROWS:
     cells = []
-    for n in EVALUATIONS:
+    for n in options.evaluations:
       if n // per_step < 3:
         cells.append("-")
         continue

@@ -26,6 +26,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Key
 
 from jaxdiff import checks, flow, keys, status
 from jaxdiff.samplers.fixed_grid import Field, finite
@@ -102,10 +103,7 @@ def adaptive_sde(
     drift, diffuse = reverse(sde, field.score)
 
     def path(t: Array) -> Array:
-      shape = jax.ShapeDtypeStruct(x_T.shape[1:], x_T.dtype)
-      tree = lambda key: diffrax.VirtualBrownianTree(0.0, 1.0, _FINEST, shape, key)
-      w = jax.vmap(lambda key, t: tree(key).evaluate(0.0, t))(example, (t - end) / (start - end))
-      return expand(jnp.sqrt(start - end), x_T) * w
+      return expand(jnp.sqrt(start - end), x_T) * _brownian_path(example, (t - end) / (start - end), x_T)
 
     def running(carry: _Carry) -> Array:
       moving = carry.t - carry.h < carry.t
@@ -138,11 +136,23 @@ def adaptive_sde(
     zero, t = jnp.zeros(len(x_T), int), batch_time(start, x_T)
     carry = _Carry(x_T, x_T, path(t), t, batch_time(first, x_T), zero, zero)
     carry = jax.lax.while_loop(lambda carry: jnp.any(running(carry)), step, carry)
-    tried = carry.accepted + carry.rejected
     x = field.denoised(carry.x, batch_time(end, carry.x)) if denoise else carry.x
-    out = jnp.where((tried >= max_steps) & (carry.accepted > 0), status.MAX_STEPS, status.NON_FINITE)
-    code = jnp.where((carry.t <= end) & finite(x), status.SUCCESS, out)
-    x = jnp.where((code == status.SUCCESS).reshape(code.shape + (1,) * (x.ndim - 1)), x, jnp.nan)
-    return Sample(x, 2 * tried + int(denoise), None, Status(code, carry.accepted, carry.rejected))
+    return _report(carry._replace(x=x), carry.t <= end, max_steps, int(denoise))
 
   return sampler
+
+
+def _brownian_path(keys: Key[Array, " b"], time: Array, x: State) -> State:
+  """Every example's standard Brownian path at its time in [0, 1], like x."""
+  shape = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+  tree = lambda key: diffrax.VirtualBrownianTree(0.0, 1.0, _FINEST, shape, key)
+  return jax.vmap(lambda key, time: tree(key).evaluate(0.0, time))(keys, time)
+
+
+def _report(carry: _Carry, arrived: Array, max_steps: int, more: int) -> Sample:
+  tried = carry.accepted + carry.rejected
+  stuck = jnp.where((tried >= max_steps) & (carry.accepted > 0), status.MAX_STEPS, status.NON_FINITE)
+  code = jnp.where(arrived & finite(carry.x), status.SUCCESS, stuck)
+  good = (code == status.SUCCESS).reshape(code.shape + (1,) * (carry.x.ndim - 1))
+  x = jnp.where(good, carry.x, jnp.nan)
+  return Sample(x, 2 * tried + more, None, Status(code, carry.accepted, carry.rejected))
