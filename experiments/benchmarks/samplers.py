@@ -48,12 +48,13 @@ def main() -> None:
   parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--evaluations", type=int, default=12)
   parser.add_argument("--channels", type=int, default=32, help="of the U-Net, which is what an evaluation costs")
+  parser.add_argument("--samplers", nargs="+", choices=ON_A_GRID, default=ON_A_GRID)
   options = parser.parse_args()
   sde, count = jd.VP(), options.evaluations
   net = UNet(channels=options.channels, channel_multipliers=(1, 2), blocks=1)
   x = sde.prior_sample(jax.random.key(1), (options.batch, *SHAPE))
   params = jax.jit(net.init)(jax.random.key(2), x[:1], jnp.ones(1))
-  runs = {kind: program(make(kind, sde, count), net.apply, sde) for kind in ON_A_GRID}
+  runs = {kind: program(make(kind, sde, count), net.apply, sde) for kind in options.samplers}
   for kind, run in runs.items():
     nfe = int(run(params, x).nfe[0])
     if nfe != count:
