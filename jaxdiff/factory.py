@@ -262,6 +262,11 @@ def make_sampler(config: Config, process: sde.ScalarSDE, **options: Any) -> Call
   """The sampler, on its time grid if it has one; `options` are arguments that the config does not have."""
   section = config["sampler"]
   (constructor,) = schema.constructors("sampler", section)
+  if section.get("variance") == "learned" and getattr(make_network(config), "parts", 1) != 2:
+    raise ConfigError(
+      "config.sampler.variance = 'learned' needs a network that learns it: config.network.parts = 2, trained by the "
+      "loss ddpm_hybrid or ddpm_elbo"
+    )
   takes = inspect.signature(constructor).parameters
   given: dict[str, Any] = {"sde": process} if "sde" in takes else {}
   if "forward" in takes:

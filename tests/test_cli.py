@@ -336,7 +336,7 @@ def test_sampling_and_evaluation_mistakes(trained, tmp_path, capsys):
     ("--sampler=ddim", "--steps=5", "--config.sampler.eta=2"): "config.sampler: eta must lie in [0, 1]",
     ("--sampler=unipc", "--steps=1"): "config.sampler: order must be at most the number of steps",
     ("--sampler=annealed_langevin",): "annealed_langevin walks down the levels of a chain: it needs",
-    ("--sampler=ancestral", "--steps=5", "--config.sampler.variance=learned"): "learned_variance=True",
+    ("--sampler=ancestral", "--steps=5", "--config.sampler.variance=learned"): "config.network.parts = 2, trained by",
     ("--num=x",): "config.sample.num must be an integer, got 'x'",
   }.items():
     assert message in fails(2, capsys, "sample", trained, *flags)

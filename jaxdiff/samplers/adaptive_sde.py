@@ -106,8 +106,8 @@ def adaptive_sde(
       return expand(jnp.sqrt(start - end), x_T) * _brownian_path(example, (t - end) / (start - end), x_T)
 
     def running(carry: _Carry) -> Array:
-      moving = carry.t - carry.h < carry.t
-      return (carry.t > end) & moving & (carry.accepted + carry.rejected < max_steps)
+      tried = carry.accepted + carry.rejected
+      return (carry.t > end) & (carry.t - carry.h < carry.t) & (tried < max_steps)
 
     def step(carry: _Carry) -> _Carry:
       x, previous, w, t, h, accepted, rejected = carry
@@ -119,8 +119,7 @@ def adaptive_sde(
       heun = 0.5 * (euler + x - wide * drift(euler, t_next) + diffuse(t_next, jump))
       tolerance = jnp.maximum(atol, rtol * jnp.maximum(jnp.abs(euler), jnp.abs(previous)))
       error = jnp.sqrt(jnp.mean(((euler - heun) / tolerance) ** 2, axis=range(1, x.ndim))).astype(h.dtype)
-      go = running(carry)
-      accept = go & (error <= 1)
+      accept = (go := running(carry)) & (error <= 1)
       factor = jnp.where(jnp.isfinite(error), _SAFETY * error**-_EXPONENT, _AFTER_FAILURE)
       keep = lambda new, old: jnp.where(accept.reshape(accept.shape + (1,) * (old.ndim - 1)), new, old)
       return _Carry(

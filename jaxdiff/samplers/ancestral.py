@@ -87,6 +87,7 @@ def ancestral(
     fresh = (1 - ratio) * (1 + ratio)
     of_state, of_data, std = ratio * (at.sigma_next / at.sigma), at.alpha_next * fresh, at.sigma_next * jnp.sqrt(fresh)
     noisy = at.sigma_next > 0
+    last = noisy[-1]
     widen = jnp.where(noisy, jnp.log(at.sigma / jnp.where(noisy, at.sigma_next, at.sigma)), 0.0)
     if variance == "beta":
       std = std * jnp.exp(widen)
@@ -104,7 +105,7 @@ def ancestral(
       data = field.denoised(x, t)
     return expand(of_state, x) * x + expand(of_data, x) * data + std * keys.normal(noise, x.shape, x.dtype), memory
 
-  to_data = not isinstance(noisy, jax.core.Tracer) and not bool(noisy[-1])
+  to_data = not isinstance(last, jax.core.Tracer) and not bool(last)
   method = Method(step, (at.t, of_state, of_data, std, widen), len(times) - 1, to_data=to_data)
   return FixedGrid(sde, times, method, denoise, path)
 
