@@ -1,4 +1,14 @@
-"""Samplers: factories of `sampler(key, x_T, score, cond={}) -> Sample(x, nfe, path, status)`."""
+"""Samplers: factories of `sampler(key, x_T, score, cond={}) -> Sample(x, nfe, path, status)`.
+
+    reverse SDE      reverse_sde, reverse_diffusion, stochastic_heun, adaptive_sde, predictor_corrector
+    ancestral        ancestral (DDPM, SMLD), ddim, ddim_encode
+    exponential      dpm_solver, dpm_solver_pp, unipc
+    flow             edm, probability_flow, probability_flow_encode, interpolate
+    Langevin         langevin, mala, annealed_langevin, langevin_corrector
+    your own         FixedGrid(sde, ts, Method(step, nodes, nfe)), Corrector(step, nfe); thresholded(sde, score)
+
+The formulas are in the module of each family, such as jaxdiff/samplers/ancestral.py.
+"""
 
 from jaxdiff.samplers.adaptive_sde import adaptive_sde as adaptive_sde
 from jaxdiff.samplers.ancestral import ancestral as ancestral
