@@ -177,3 +177,21 @@ def test_a_path_of_every_second_state():
 def test_denoising_needs_noise_at_the_end():
   with pytest.raises(ValueError, match="denoise=True needs noise at its last time, but sigma is 0 at t = 0"):
     jd.samplers.reverse_sde(jd.VP(), jnp.asarray([1.0, 0.5, 0.0]), denoise=True)
+
+
+@pytest.mark.parametrize(
+  ("process", "steps"), [({"type": "DDPM", "steps": 50}, 10), ({"type": "NCSN", "levels": 20}, 11)]
+)
+def test_ancestral_of_a_config_walks_its_chain_to_the_data(process, steps):
+  """Of NCSN the first level and the data are two nodes, so that there is one step more than the grid has."""
+  made = {"sde": process, "sampler": {"type": "ancestral", "grid": {"steps": 10, "kind": "uniform"}}}
+  continuous, chain = factory.make_process(made), factory.make_forward(made)
+  sampler = factory.make_sampler(made, continuous)
+  nodes = np.unique([0, *np.asarray(chain.index(jd.time_grid(continuous, 10, "uniform"))).tolist()])[::-1]
+  direct = jd.samplers.ancestral(chain, nodes)
+  x_T = continuous.prior_sample(KEY, (2, 2))
+  plain = lambda x, t: -x / (1 + t[:, None])
+  sample = sampler(KEY, x_T, plain)
+  np.testing.assert_array_equal(sample.x, direct(KEY, x_T, plain).x)
+  assert sample.nfe.tolist() == [steps] * 2
+  assert sampler.method.to_data
