@@ -5,7 +5,7 @@ All look at types and shapes only, so they cost nothing inside jit. `pytree` is 
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,16 @@ def whole(name: str, value: Any, least: int, meaning: str = "") -> None:
     raise TypeError(f"{name} must be an integer{what} got {value!r}")
   if value < least:
     raise ValueError(f"{name} must be at least {least}{what} got {value}")
+
+
+def one_of(name: str, value: Any, choices: Any) -> None:
+  """Refuse what is none of the words of a `Literal`.
+
+  Raises:
+    ValueError: naming the argument and the words.
+  """
+  if value not in get_args(choices):
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def levels(value: Any, data_range: tuple[float, float]) -> None:

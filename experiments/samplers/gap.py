@@ -125,7 +125,7 @@ def main() -> None:
     ("adaptive SDE 1e-2", samplers.adaptive_sde(sde, rtol=1e-2, atol=1e-2)),
     ("flow, Tsit5 1e-3", samplers.probability_flow(sde, 1e-3, 1e-3)),
     ("flow, Tsit5 1e-5", samplers.probability_flow(sde, 1e-5, 1e-5)),
-    ("flow, Dopri8 1e-5", samplers.probability_flow(sde, 1e-5, 1e-5, order=8)),
+    ("flow, Dopri8 1e-5", samplers.probability_flow(sde, 1e-5, 1e-5, solver="dopri8")),
   ):
     value, error, nfe = gap(data, sde, sampler, t0, jax.random.key(1))
     print(f"{name:<22}{cell(value, error):>10}   at most {nfe} evaluations")

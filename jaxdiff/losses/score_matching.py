@@ -19,7 +19,6 @@ References:
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -222,11 +221,7 @@ def implicit(
         f"use losses.sliced, or force=True to go beyond {_LARGEST_EXACT_DIMENSION}"
       )
 
-    def one(key: Array, x: Array, t: Array, cond: dict[str, Array]) -> tuple[Array, Array]:
-      batched = {name: value[None] for name, value in cond.items()}
-      return trace.estimate(lambda x: score(x[None], t[None], **batched)[0], x, None)
-
-    value, estimate = jax.vmap(one)(key, x, t, dict(cond))
+    value, estimate = trace.estimate(lambda x: score(x, t, **cond), x, None, jnp.zeros(()))
     return 0.5 * jnp.sum(value**2, axis=range(1, x.ndim)) + estimate[:, 0]
 
   return _of_score(hyvarinen, sde, prediction, weight, time, t0, t)
@@ -267,18 +262,16 @@ def sliced(
     [-1.5]
   """
   checks.whole("probes", probes, 1)
-  draw = divergences.hutchinson(probes).draw
+  hutchinson = divergences.hutchinson(probes)
 
   def slices(key: Array, x: State, t: Array, score: ScoreFn, cond: Cond) -> Float[Array, " b"]:
-    v = jax.vmap(draw, out_axes=1)(key, x)
-    value, linear = jax.linearize(lambda x: score(x, t, **cond), x)
-    product = linear(v[0])[None] if probes == 1 else jax.vmap(linear)(v)
-    axes = range(2, v.ndim)
+    v = hutchinson.draw(key, x)
+    value, estimates = hutchinson.estimate(lambda x: score(x, t, **cond), x, v, jnp.zeros(()))
     if reduced:
       square = jnp.sum(value**2, axis=range(1, x.ndim))
     else:
-      square = jnp.mean(jnp.sum(v * value[None], axis=axes) ** 2, axis=0)
-    return 0.5 * square + jnp.mean(jnp.sum(v * product, axis=axes), axis=0)
+      square = jnp.mean(jnp.sum(v * value[:, None], axis=range(2, v.ndim)) ** 2, axis=1)
+    return 0.5 * square + jnp.mean(estimates, axis=1)
 
   return _of_score(slices, sde, prediction, weight, time, t0, t)
 

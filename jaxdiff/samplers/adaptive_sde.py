@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Key
 
-from jaxdiff import checks, flow, keys, status
+from jaxdiff import checks, keys, ode, status
 from jaxdiff.samplers.fixed_grid import Field, finite
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, batch_time, expand, reverse
@@ -55,7 +55,7 @@ def adaptive_sde(
   rtol: float = 1e-2,
   atol: float = 1e-2,
   t0: Scalar | None = None,
-  max_steps: int = flow.MAX_STEPS,
+  max_steps: int = ode.MAX_STEPS,
   denoise: bool = False,
 ):
   """Sampler by adaptive steps of the reverse SDE, eqs. (1) to (4), in one loop over the whole batch.
@@ -88,7 +88,7 @@ def adaptive_sde(
     True
   """
   checks.made("sde", sde, ScalarSDE)
-  flow.check_solver(rtol, atol, 5, max_steps)
+  ode.Solver(rtol=rtol, atol=atol, max_steps=max_steps)
   end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   with jax.ensure_compile_time_eval():
     start = float_time(sde.t1)

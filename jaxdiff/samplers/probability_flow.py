@@ -13,18 +13,17 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff import checks, flow, predictions
+from jaxdiff import checks, ode, predictions
 from jaxdiff.keys import per_example
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time, time_grid
 from jaxdiff.sde import ScalarSDE, expand, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
+from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State, Status
 
 _PATH_STEPS = 32
 _FIRST_STEP = 1e-2
@@ -35,8 +34,8 @@ def probability_flow(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   t0: Scalar | None = None,
-  order: Literal[5, 8] = 5,
-  max_steps: int = flow.MAX_STEPS,
+  solver: ode.Method = "tsit5",
+  max_steps: int = ode.MAX_STEPS,
   denoise: bool = False,
   path: bool = False,
 ) -> Callable[..., Sample]:
@@ -47,7 +46,7 @@ def probability_flow(
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step.
     t0: where to stop; None for the time at which sigma / alpha = 2e-3.
-    order: of the solver: 5 (Tsit5), or 8 (Dopri8), which pays at tolerances far below 1e-5 and with float64 alone.
+    solver: "tsit5", "dopri5" or "dopri8", of order 8, which pays at tolerances far below 1e-5 and in float64 alone.
     max_steps: steps after which an example gives up (status 1).
     denoise: whether the last state becomes E[x_0 | x], at one more evaluation.
     path: whether to return the 33 states at the nodes of `time_grid(sde, 32, t0=t0)`, from x_T to the sample.
@@ -56,7 +55,7 @@ def probability_flow(
     sampler(key, x_T: [b, *d], score, cond={}) -> Sample. The flow is deterministic: key is not used.
 
   Raises:
-    ValueError: for tolerances that are not positive, another order, a t0 outside [0, t1); when called, for cond of
+    ValueError: for tolerances that are not positive, another solver, a t0 outside [0, t1); when called, for cond of
       another batch.
     TypeError: for a class given as the process; when called, for an x_T that is no array of floating point numbers.
 
@@ -68,9 +67,10 @@ def probability_flow(
     >>> bool(abs(sample.x - x_T).max() < 1e-4)  # N(0, I) is at rest under VP
     True
   """
-  end = _check(sde, rtol, atol, order, max_steps, t0)
+  checks.made("sde", sde, ScalarSDE)
+  end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
-  solve = _solver(sde, sde.t1, end, rtol, atol, order, max_steps, nodes)
+  solve = _solve(sde, sde.t1, end, ode.Solver(solver, rtol, atol, max_steps), nodes)
 
   def sampler(key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
     sample = solve(key, x_T, score, cond)
@@ -88,8 +88,8 @@ def probability_flow_encode(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   t0: Scalar | None = None,
-  order: Literal[5, 8] = 5,
-  max_steps: int = flow.MAX_STEPS,
+  solver: ode.Method = "tsit5",
+  max_steps: int = ode.MAX_STEPS,
 ) -> Callable[..., Sample]:
   """Encoder by the probability-flow ODE: the latent that `probability_flow` carries to a given x.
 
@@ -98,7 +98,7 @@ def probability_flow_encode(
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step.
     t0: where x is; None for the time at which sigma / alpha = 2e-3, as in `probability_flow`.
-    order: of the solver, 5 or 8.
+    solver: "tsit5", "dopri5" or "dopri8".
     max_steps: steps after which an example gives up (status 1).
 
   Returns:
@@ -115,25 +115,13 @@ def probability_flow_encode(
     >>> bool(abs(jd.samplers.probability_flow(sde)(key, latent, score).x - x).max() < 1e-4)
     True
   """
-  return _solver(sde, _check(sde, rtol, atol, order, max_steps, t0), sde.t1, rtol, atol, order, max_steps, None)
-
-
-def _check(sde: ScalarSDE, rtol: float, atol: float, order: int, max_steps: int, t0: Scalar | None) -> Array:
-  """The smallest time, if all of this makes sense."""
   checks.made("sde", sde, ScalarSDE)
-  flow.check_solver(rtol, atol, order, max_steps)
-  return start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
+  start = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
+  return _solve(sde, start, sde.t1, ode.Solver(solver, rtol, atol, max_steps), None)
 
 
-def _solver(
-  sde: ScalarSDE,
-  start: Scalar,
-  end: Scalar,
-  rtol: float,
-  atol: float,
-  order: int,
-  max_steps: int,
-  nodes: Float[Array, " n"] | None,
+def _solve(
+  sde: ScalarSDE, start: Scalar, end: Scalar, solver: ode.Solver, nodes: Float[Array, " n"] | None
 ) -> Callable[..., Sample]:
   with jax.ensure_compile_time_eval():
     start, end = float_time(start), float_time(end)
@@ -144,10 +132,10 @@ def _solver(
     per_example(key, len(x))
     drift, _ = reverse(sde, score, eta=0.0)
 
-    def one(x: Array, cond: dict[str, Array]) -> tuple[Array, Array, flow.Status]:
+    def one(x: Array, cond: dict[str, Array]) -> tuple[Array, Array, Status]:
       batched = {name: value[None] for name, value in cond.items()}
       field = lambda t, y: drift(y[None], t, **batched)[0]
-      return flow.solve(field, x, start, end, first_step, rtol, atol, max_steps, nodes, order)
+      return ode.solve(field, x, start, end, first_step, solver, nodes)
 
     out_axes = 0 if nodes is None else 1, 0, 0
     states, nfe, status = jax.vmap(one, out_axes=out_axes)(x, dict(cond))

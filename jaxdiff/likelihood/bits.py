@@ -1,8 +1,4 @@
-"""Exact log-densities of diffusion models, and bits per dimension of integer data.
-
-The probability flow carries data at t0 to the prior at t1, and the density with it (instantaneous change of variables):
-
-    log p(x) = log prior(x_{t1}) + int_{t0}^{t1} div f~(x_t, t) dt,      f~ = f - 1/2 g^2 score
+"""Bits per dimension of integer data.
 
 An image of integers 0..L-1 has a probability, not a density: with u uniform on [0, 1)^d,
 
@@ -14,29 +10,24 @@ z = alpha v_n + sigma eps around the centre v_n of the cell,
     -log P(n)  <=  E_z[ log q(z | n) - log p(z) - log p(n | z) ]
 
 References:
-  Song et al. 2021, Score-Based Generative Modeling through SDEs, eq. 39 and Appendix D.2; Chen et al. 2018, Neural
-  Ordinary Differential Equations, Theorem 1; Theis et al. 2016, A Note on the Evaluation of Generative Models,
-  Section 3.1; Ho et al. 2019, Flow++, Section 3.1, for a dequantization q that is not uniform.
+  Theis et al. 2016, A Note on the Evaluation of Generative Models, Section 3.1; Ho et al. 2019, Flow++, Section 3.1,
+  for a dequantization q that is not uniform.
 """
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
-from jaxdiff import checks, flow, keys
-from jaxdiff import divergence as divergences
+from jaxdiff import checks, keys
 from jaxdiff import status as codes
 from jaxdiff.losses import decoders
-from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
-from jaxdiff.sde import ScalarSDE, perturb, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, State, Status
-
-_FIRST_NOISE_TO_SIGNAL = 0.05
+from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
+from jaxdiff.sde import ScalarSDE, perturb
+from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, Status
 
 
 class BitsPerDim(NamedTuple):
@@ -53,73 +44,6 @@ class BitsPerDim(NamedTuple):
   standard_error: Float[Array, " b"]
   nfe: Int[Array, " b"]
   status: Status
-
-
-def log_prob(
-  sde: ScalarSDE,
-  divergence: divergences.Divergence = divergences.hutchinson(probes=1),
-  rtol: float = 1e-5,
-  atol: float = 1e-5,
-  t0: Scalar | None = None,
-  prior_log_prob: Callable[[State], Float[Array, " b"]] | None = None,
-  max_steps: int = flow.MAX_STEPS,
-) -> Callable[..., LogProb]:
-  """Log-density under the probability flow, each example with its own step sizes.
-
-  Args:
-    sde: a process with scalar marginals.
-    divergence: trace estimator: `divergence.exact()` (d products) or `hutchinson(probes)`.
-    rtol: relative tolerance of a step, on the state and its log-density together.
-    atol: absolute tolerance of a step.
-    t0: where the data stand; None for the time at which sigma / alpha = 1e-3.
-    prior_log_prob: log-density at t1, [b, *d] -> [b] in nats; None for `sde.prior_log_prob`.
-    max_steps: steps after which an example gives up (status 1).
-
-  Returns:
-    fn(key, x0: [b, *d], score, cond={}) -> LogProb, values in nats. Probes are drawn once a solve, from example keys.
-
-  Raises:
-    ValueError: for tolerances that are not positive or a t0 outside [0, t1).
-    TypeError: for a factory given where what it makes is due; when called, for integer data.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, jaxdiff as jd
-    >>> log_prob = jd.likelihood.log_prob(jd.VP(), jd.divergence.exact())
-    >>> result = log_prob(jax.random.key(0), jnp.zeros((1, 2)), lambda x, t: -x)  # the score of N(0, I)
-    >>> round(float(result.value[0]), 3)  # -log(2 pi)
-    -1.838
-  """
-  checks.made("sde", sde, ScalarSDE)
-  checks.made("divergence", divergence, divergences.Divergence)
-  flow.check_solver(rtol, atol, 5, max_steps)
-  start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
-  with jax.ensure_compile_time_eval():
-    end = float_time(sde.t1)
-    first_step = jnp.clip(sde.time_of_log_snr(-2 * math.log(_FIRST_NOISE_TO_SIGNAL)) - start, 0.0, end - start)
-
-  def fn(key: Keys, x0: State, score: ScoreFn, cond: Cond = NO_COND) -> LogProb:
-    if jnp.issubdtype(getattr(x0, "dtype", float), jnp.integer):
-      raise TypeError(f"x0 must be floating point, got {x0.dtype}: for integer data use likelihood.bits_per_dim")
-    checks.batch("x0", x0, cond)
-    drift, _ = reverse(sde, score, eta=0.0)
-
-    def one(key: Array, x: Array, cond: dict[str, Array]) -> tuple[Array, Array, Array, Status]:
-      batched = {name: value[None] for name, value in cond.items()}
-      probes = divergence.draw(key, x)
-
-      def field(t: Array, y: tuple[Array, Array]) -> tuple[Array, Array]:
-        return divergence.estimate(lambda x: drift(x[None], t, **batched)[0], y[0], probes)
-
-      estimates = jax.eval_shape(field, start, (x, x))[1]
-      y0 = x, jnp.zeros(estimates.shape, estimates.dtype)
-      (z, change), nfe, status = flow.solve(field, y0, start, end, first_step, rtol, atol, max_steps)
-      return z, change, nfe, status
-
-    z, change, nfe, status = jax.vmap(one)(keys.per_example(key, len(x0)), x0, dict(cond))
-    value = (prior_log_prob or sde.prior_log_prob)(z) + jnp.mean(change, axis=1)
-    return LogProb(value, z, nfe, status, jax.vmap(divergence.standard_error)(change))
-
-  return fn
 
 
 def dequantize(
