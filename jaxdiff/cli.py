@@ -79,6 +79,7 @@ def _join_processes() -> None:
   if "JAX_COORDINATOR_ADDRESS" not in os.environ or jax.distributed.is_initialized():
     return
   count, number = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+  jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends an evaluation: it goes on where it was
   try:
     jax.distributed.initialize(
       num_processes=None if count is None else int(count), process_id=None if number is None else int(number)

@@ -26,6 +26,7 @@ _FAILED = "model, without the {} that failed"
 class _Model(NamedTuple):
   """A trained model, and how to evaluate it: `config` and `params` in the precision that is wanted."""
 
+  trained: Config
   config: Config
   params: Any
   step: int
@@ -42,7 +43,7 @@ def likelihood(config: Config, workdir: Path) -> None:
   other = _other(config, settings.split, held_out) if "other" in config else None
   console.say(f"evaluating step {step} on {settings.split}")
   with factory.precision(config):
-    model = _Model(*factory.in_precision(config, params), step, mesh, workdir / "likelihood")
+    model = _Model(config, *factory.in_precision(config, params), step, mesh, workdir / "likelihood")
     values, report = _evaluate(model, held_out, "likelihood")
     bound = _bound(model, held_out) if settings.bound_draws else {}
     others = None if other is None else _evaluate(model, other, "other")
@@ -78,7 +79,7 @@ def _evaluate(model: _Model, source: Source, name: str) -> tuple[dict[str, np.nd
   report = {
     "unit": "log-density, nats" if source.levels is None else "bits/dim",
     "bound": statement,
-    "model": {section: config[section] for section in ("sde", "prediction", "network")},
+    "model": {section: model.trained[section] for section in ("sde", "prediction", "network")},
     "data": {"name": source.name, "content": source.content_hash},
     "split": facts["split"],
     "examples": len(values["value"]),
@@ -103,7 +104,7 @@ def _in_chunks(model: _Model, source: Source, one_batch: Any, name: str, facts: 
   settings = factory.likelihood_settings(model.config)
   count = min(len(source), settings.limit or len(source))
   size = console.batch_size(settings.batch_size, count, model.mesh.size)
-  sections = {section: model.config[section] for section in ("sde", "prediction", "network")}
+  sections = {section: model.trained[section] for section in ("sde", "prediction", "network")}
   data = [source.name, source.split, source.content_hash]
   identity = chunks.identify(model.params, data=data, settings=facts, **sections)
   batch = runs.evaluator(one_batch, model.params, source, size, settings.seed, model.mesh)
