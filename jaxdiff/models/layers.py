@@ -140,6 +140,16 @@ class ResidualBlock(nn.Module):
     return x + h
 
 
+def attention(
+  query: Float[Array, "b n h c"], key: Float[Array, "b n h c"], value: Float[Array, "b n h c"]
+) -> Float[Array, "b n h c"]:
+  """softmax(q k / sqrt c) v of every head, the softmax in float32 or wider (`jax.nn` has it in float32 always)."""
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide)
+  weights = jax.nn.softmax(logits * (1 / math.sqrt(query.shape[-1])), axis=-1)
+  return jnp.einsum("bhqk,bkhc->bqhc", weights.astype(key.dtype), value)
+
+
 class SelfAttention(nn.Module):
   """Multi-head attention between all positions, with a residual connection that starts at zero.
 
@@ -159,7 +169,7 @@ class SelfAttention(nn.Module):
     y = nn.GroupNorm(self.groups, dtype=self.dtype)(x).reshape(b, h * w, c)
     qkv = nn.Dense(3 * c, dtype=self.dtype, use_bias=False, name="query_key_value")(y)
     query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
-    y = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+    y = attention(query, key, value).reshape(b, h, w, c)
     return x + nn.Dense(c, dtype=self.dtype, kernel_init=ZERO, name="output")(y)
 
 
