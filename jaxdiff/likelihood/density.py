@@ -19,14 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff import checks, keys, ode
+from jaxdiff import checks, flow, keys, ode
 from jaxdiff import divergence as divergences
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, log_snr, reverse
 from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, State
 
 Variable = Literal["time", "log_snr"]
-Steps = Literal["per_example", "shared"]
 
 _FIRST_NOISE_TO_SIGNAL = 0.05
 _FIRST_LOG_SNR_STEP = 0.02  # of the whole range
@@ -66,7 +65,8 @@ def log_prob(
   solver: ode.Method = "tsit5",
   max_steps: int = ode.MAX_STEPS,
   variable: Variable = "time",
-  steps: Steps = "per_example",
+  steps: flow.Steps = "per_example",
+  adjoint: ode.Adjoint = "checkpoint",
 ) -> LogDensity:
   """Log-density under the probability flow.
 
@@ -83,6 +83,7 @@ def log_prob(
     variable: what is integrated over, "time" or "log_snr".
     steps: "per_example": each example has step sizes of its own; "shared": one for all, such that every example keeps
       the tolerances, and results depend on batch mates.
+    adjoint: how gradients flow back, "checkpoint", "continuous" or "direct": see `ode.Solver` and `flow.cnf`.
 
   Returns:
     fn(key, x0: [b, *d], score, cond={}) -> LogProb, values in nats. Probes are drawn once a solve, from example keys.
@@ -102,8 +103,8 @@ def log_prob(
   if divergence is not None:
     checks.made("divergence", divergence, divergences.Divergence)
   checks.one_of("variable", variable, Variable)
-  checks.one_of("steps", steps, Steps)
-  options = ode.Solver(solver, rtol, atol, max_steps)
+  checks.one_of("steps", steps, flow.Steps)
+  options = ode.Solver(solver, rtol, atol, max_steps, adjoint=adjoint)
   start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
   course = _course(sde, start, variable)
   growth = _growth(sde, start)
@@ -115,7 +116,7 @@ def log_prob(
     drift, _ = reverse(sde, score, eta=0.0)
     trace = made.trace(x0)
 
-    def solve(key: Array, x: Array, cond: dict[str, Array]) -> tuple[Any, ...]:
+    def solve(key: Array, x: Array, cond: dict[str, Array], norm: Callable[[Any], Array]) -> tuple[Any, ...]:
       probes = trace.draw(key, x)
 
       def field(u: Array, y: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -127,18 +128,11 @@ def log_prob(
 
       estimates = jax.eval_shape(lambda x: trace.estimate(lambda x: drift(x, start, **cond), x, probes, start)[1], x)
       y0 = x, jnp.zeros(estimates.shape, estimates.dtype)
-      norm = ode.largest_rms if steps == "shared" else ode.rms
-      (z, change), nfe, status = ode.solve(field, y0, course.start, course.end, course.first_step, options, norm=norm)
-      return z, change - trace.correction(probes, growth), nfe, status
+      (z, change), *counts = ode.solve(field, y0, course.start, course.end, course.first_step, options, norm=norm)
+      return (z, change - trace.correction(probes, growth)), *counts
 
-    key, cond = keys.per_example(key, len(x0)), dict(cond)
-    if steps == "shared":
-      z, change, *counts = solve(key, x0, cond)
-      nfe, status = jax.tree.map(lambda value: jnp.broadcast_to(value, len(x0)), counts)
-    else:
-      alone = jax.tree.map(lambda value: value[:, None], (key, x0, cond))
-      z, change, nfe, status = jax.vmap(solve)(*alone)
-      z, change = z[:, 0], change[:, 0]
+    key = keys.per_example(key, len(x0))
+    (z, change), nfe, status = flow.solve_batch(solve, steps, key, x0, dict(cond))
     value = (prior_log_prob or sde.prior_log_prob)(z) + jnp.mean(change, axis=1)
     return LogProb(value, z, nfe, status, trace.standard_error(change))
 
