@@ -249,7 +249,7 @@ def evaluate_settings(config: Config) -> EvaluateSettings:
   return settings
 
 
-def make_log_prob(config: Config, process: sde.ScalarSDE) -> Callable[..., Any]:
+def make_log_prob(config: Config, process: sde.ScalarSDE) -> likelihood.LogDensity:
   """The log-density of a process."""
   section = config["likelihood"]
   schema.check_section("likelihood", section)

@@ -101,12 +101,11 @@ def make_log_likelihood(config: Config, params: Any, source: Source) -> Evaluati
   """`(params, keys [b], x) -> values [b]` of the probability flow: bits/dim of integers, else log-density in nats."""
   process = factory.make_process(config, params)
   log_prob, score, levels = factory.make_log_prob(config, process), factory.make_score(config), source.levels
-  if levels is None:
-    evaluate = log_prob
-  elif _levels(config, source) is None:
-    evaluate = likelihood.bits_per_dim(log_prob, levels)
-  else:
-    evaluate = likelihood.variational_bits_per_dim(process, log_prob, levels, t0=config["likelihood"].get("t0"))
+  evaluate: Callable[..., Any] = log_prob
+  if levels is not None:
+    on_integers = _levels(config, source) is not None
+    noise = likelihood.dequantization.gaussian(process, config["likelihood"].get("t0")) if on_integers else None
+    evaluate = likelihood.bits_per_dim(log_prob, levels, dequantization=noise)
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
     result = evaluate(key, x, score(params))
@@ -123,7 +122,7 @@ def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evalu
   average, apply = losses.averaged(bound, draws), factory.make_apply(config)
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
-    data_key, bound_key = keys.split(key)
+    data_key, bound_key = keys.split(keys.fold_in(key, 0))  # as the first draw of bits_per_dim
     if levels is not None and _levels(config, source) is None:
       x = likelihood.dequantize(data_key, x, levels)
       offset = math.prod(source.shape) * math.log(levels / 2)

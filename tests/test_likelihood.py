@@ -225,7 +225,7 @@ def test_bits_and_their_error_are_those_of_the_log_density():
     lambda x, t: -x + jnp.sin(2 * x[:, ::-1]),
   )
   result = likelihood.bits_per_dim(log_prob, 4)(key, n, score)
-  first, second = jd.keys.split(jd.example_keys(key, 0, 2))
+  first, second = jd.keys.split(jd.keys.fold_in(jd.example_keys(key, 0, 2), 0))
   expected = log_prob(second, likelihood.dequantize(first, n, 4), score)
   np.testing.assert_allclose(result.value, -expected.value / (3 * np.log(2)) + 1, rtol=1e-5)
   np.testing.assert_allclose(result.standard_error, expected.standard_error / (3 * np.log(2)), rtol=1e-5)
@@ -265,8 +265,16 @@ def test_wrong_use_is_refused(untyped):
     likelihood.log_prob(jd.VP(), atol=-1.0)
 
 
-@pytest.mark.parametrize("sde", [jd.VP(), jd.VE(0.01, 5.0), jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0))])
-def test_integers_under_the_noise_of_the_process_have_their_probability(sde):
+@pytest.mark.parametrize(
+  ("sde", "make"),
+  [
+    (jd.VP(), jd.likelihood.dequantization.gaussian),
+    (jd.VP(), jd.likelihood.dequantization.truncated_normal),
+    (jd.VE(0.01, 5.0), jd.likelihood.dequantization.gaussian),
+    (jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0)), jd.likelihood.dequantization.gaussian),
+  ],
+)
+def test_integers_under_the_noise_of_the_process_have_their_probability(sde, make):
   """Three levels with the exact score of their mixture: -log2 p of each, to 0.01 bits, without variance."""
   p, centers = jnp.asarray([0.6, 0.3, 0.1]), jnp.asarray([[[-2 / 3, 0.0, 2 / 3]]])
 
@@ -280,7 +288,7 @@ def test_integers_under_the_noise_of_the_process_have_their_probability(sde):
     jnp.log(p)[None] + jax.scipy.stats.norm.logpdf(z, *(s for s in _ends(sde, centers[0]))), axis=1
   )
   log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-6, 1e-6, prior_log_prob=exact_prior)
-  bits = jd.likelihood.variational_bits_per_dim(sde, log_prob, levels=3)
+  bits = jd.likelihood.bits_per_dim(log_prob, 3, dequantization=make(sde))
   x = jnp.asarray([[0], [1], [2], [0], [3]], jnp.uint8)
   result = jax.jit(lambda key, x: bits(key, x, score))(jax.random.key(0), x)
   np.testing.assert_allclose(result.value[:4], -jnp.log2(p[jnp.asarray([0, 1, 2, 0])]), atol=0.01)
