@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/likelihood.py --digits=runs/digits --patches=runs/patches
 
-The classic method is that of score_sde: scipy's RK45 over the whole batch as one vector on the host, rtol = atol = 1e-5,
-the drift and one vector-Jacobian product jitted. Both methods get the same examples, network and probes; the error of
+The classic method is that of score_sde: scipy's RK45 over the whole batch as one vector on the host, rtol = atol =
+1e-5, the drift and one vector-Jacobian product jitted. Both methods get the same examples, network and probes; the error of
 each is against a solve at a hundredth of the tolerance, and jaxdiff runs at the loosest tolerance whose error is no
 larger. "evaluations" is one jitted loop of as many bare evaluations, each with one Jacobian-vector product. All sides
 run in turns in one process; a ratio is the median over the turns, with its quartiles.
@@ -145,7 +145,8 @@ def compare(problem: Problem, turns: int) -> None:
     wall = {name: value[:, 0] for name, value in times.items()}
     label = ", ".join(map(str, how.values())) or "as it is"
     print(
-      f"  {label:<10} tolerance {tolerance:.0e}, error {error:.1e}, evaluations {result.nfe.mean():.0f} (largest {count}): "
+      f"  {label:<10} tolerance {tolerance:.0e}, error {error:.1e}, "
+      f"evaluations {result.nfe.mean():.0f} (largest {count}): "
       f"classic / jaxdiff {quartiles(wall['classic'] / wall['jaxdiff'])}, "
       f"jaxdiff / evaluations {quartiles(wall['jaxdiff'] / wall['bare'])}",
       flush=True,

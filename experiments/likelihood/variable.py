@@ -1,4 +1,4 @@
-"""Which variable to integrate over, which solver, whose steps: evaluations and errors of the likelihood of a trained run.
+"""Which variable to integrate over, which solver, whose steps: evaluations and errors of likelihoods of a trained run.
 
     python experiments/likelihood/variable.py runs/digits
 
@@ -24,12 +24,6 @@ from jaxdiff import divergence, factory, keys, likelihood, rundir
 REFERENCE = 1e-7
 
 
-def _signs(key: jax.Array, x: jax.Array) -> jax.Array:
-  """Rademacher probes `[b, 1, *d]` that are the same for float32 and float64."""
-  bits = jax.vmap(lambda key: jax.random.bits(key, (1, *x.shape[1:]), jnp.uint8))(key)
-  return 2 * (bits & 1).astype(x.dtype) - 1
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("workdir", type=Path)
@@ -47,11 +41,8 @@ def main() -> None:
   x = likelihood.dequantize(dequantize_key, integers, held_out.levels)
   unit = math.prod(held_out.shape) * math.log(2)
 
-  hutchinson = divergence.hutchinson()
-  same_probes = hutchinson._replace(draw=_signs)
-
   def evaluate(tolerance: float, dtype=jnp.float32, **how) -> likelihood.LogDensity:
-    log_prob = likelihood.log_prob(process, same_probes, tolerance, tolerance, **how)
+    log_prob = likelihood.log_prob(process, divergence.hutchinson(), tolerance, tolerance, **how)
     run = jax.jit(lambda params, x: log_prob(probe_key, x, score(params)))
     return jax.device_get(run(jax.tree.map(lambda leaf: leaf.astype(dtype), params), x.astype(dtype)))
 
