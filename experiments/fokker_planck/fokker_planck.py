@@ -10,9 +10,9 @@ On square cells of width h the flux between a cell L and the next one R is that 
 
     J = D / h (B(-w) p_L - B(w) p_R),     w = f h / D,     B(w) = w / (e^w - 1)                                      (2)
 
-of second order in h. Both weights are positive for every w, so that a step of Euler of length dt keeps p >= 0 as long as
-dt times the rate at which any cell loses mass is at most 1, and what one cell loses the next one gains. A step of Heun is
-half of nothing done and half of two such steps of Euler, which keeps both properties:
+of second order in h. Both weights are positive for every w, so that an Euler step of length dt keeps p >= 0 as long as
+dt times the rate at which any cell loses mass is at most 1; what one cell loses the next one gains. A Heun step is the
+mean of the old state and of two such Euler steps, and keeps both properties:
 
     p' = p + dt L(t) p,     p(t + dt) = (p + p' + dt L(t + dt) p') / 2                                               (3)
 
@@ -26,6 +26,7 @@ References:
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def largest_loss(at: Coefficients, width: float) -> Array:
 
 
 def solve(coefficients: Callable[[Array], Coefficients], mass: Array, times: Any, width: float) -> Array:
-  """The masses `[len(times), n, n]` at increasing times, from those at the first, by steps (3) as long as they may be."""
+  """The masses `[len(times), n, n]` at increasing times, from those at the first, by the longest steps (3)."""
   limit = jax.jit(jax.vmap(lambda t: largest_loss(coefficients(t), width)))
 
   @jax.jit
@@ -191,7 +192,7 @@ def solve(coefficients: Callable[[Array], Coefficients], mass: Array, times: Any
     return jax.lax.fori_loop(0, steps, step, mass)
 
   states, times = [mass], jnp.asarray(times, mass.dtype)
-  for start, end in zip(times[:-1], times[1:], strict=True):
+  for start, end in itertools.pairwise(times):
     steps = jnp.ceil(1.01 * (end - start) * jnp.max(limit(jnp.linspace(start, end, 17)))).astype(int)
     states.append(leg(states[-1], start, end, jnp.maximum(steps, _LEAST_STEPS)))
   return jnp.stack(states)
