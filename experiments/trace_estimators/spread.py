@@ -11,7 +11,7 @@ an evaluation, and the time of an evaluation. `--mixture`: also the exact score 
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,14 +131,12 @@ def in_bits(model: Model, deviation: jax.Array) -> float:
   return float(jnp.sqrt(jnp.mean(deviation**2))) / (math.prod(model.test.shape[1:]) * math.log(2))
 
 
-def sketched(model: Model) -> dict[str, float]:
-  """The standard error of Hutch++ by as many products."""
+def sketched(model: Model) -> Iterator[tuple[str, tuple[float, float]]]:
+  """The standard error of Hutch++ by as many products, and its evaluations."""
   key = jd.example_keys(jax.random.key(0), 0, len(model.test))
-  table = {}
   for sketch in (2, 5):
-    trace = divergence.hutchpp(sketch, PRODUCTS - 2 * sketch)
-    table[f"Hutch++, sketch {sketch}"] = in_bits(model, solve(model, trace, key).standard_error)
-  return table
+    result = solve(model, divergence.hutchpp(sketch, PRODUCTS - 2 * sketch), key)
+    yield f"Hutch++, sketch {sketch}", (in_bits(model, result.standard_error), float(jnp.mean(result.nfe)))
 
 
 def times(model: Model, batch: int = 16) -> dict[str, float]:
@@ -188,8 +186,8 @@ def report(model: Model, probes: int) -> dict[str, dict[str, float]]:
     for column in ("none", "pca"):
       print(f"| {row}, {column} control | {table[row][column] / PRODUCTS**0.5:.4f} |")
   print(flush=True)
-  for name, value in sketched(model).items():
-    print(f"| {name} | {value:.4f} |", flush=True)
+  for name, (error, nfe) in sketched(model):
+    print(f"| {name}, {nfe:.0f} evaluations | {error:.4f} |", flush=True)
   return table
 
 
