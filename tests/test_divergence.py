@@ -9,7 +9,6 @@ from jaxdiff import likelihood, ode
 from jaxdiff.divergence import bases
 from jaxdiff.schedules import start_time
 
-EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 MATRIX = jax.random.normal(jax.random.key(0), (5, 5))
 
 
@@ -112,11 +111,11 @@ def points(covariance, mean):
   return jnp.asarray(np.concatenate([mean + rays, mean - rays]))
 
 
-@EACH_SDE
-def test_control_variate_is_exact_on_gaussian_data(sde, x64):
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm"])
+def test_control_variate_is_exact_on_gaussian_data(name, x64):
   """Rademacher and Gaussian probes agree to 50 tolerances of the solver (they are squared), far apart though bare; the
   value is that of the affine flow, in closed form."""
-  factor = np.array([[1.0, 0.0, 0.0], [0.8, 0.4, 0.0], [0.3, -0.5, 0.2]])
+  sde, factor = SDES[name], np.array([[1.0, 0.0, 0.0], [0.8, 0.4, 0.0], [0.3, -0.5, 0.2]])
   covariance, mean, t0 = jnp.asarray(factor @ factor.T), np.array([0.3, -1.0, 0.0]), start_time(sde, None, 1e-3)
   x = points(covariance, mean)
   control = jd.divergence.gaussian_control(x)

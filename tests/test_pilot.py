@@ -39,12 +39,12 @@ def score_of(variance):
 
 def test_the_spreads_of_a_gaussian_model_are_those_of_the_formula():
   """Of pixels: 2 sum of the squares off the diagonal of Q diag(growth) Q^T, 10% for 64 examples of 4 probes. The DCT
-  has none but the solver's error; the control from 3000 examples takes away most."""
-  x, variance = coarse_images(3000)
+  has none but the solver's error."""
+  x, variance = coarse_images(64)
   log_prob_of = lambda divergence: likelihood.log_prob(SDE, divergence, 1e-3, 1e-3)
   usual = likelihood.candidates(x, probes=4)
-  kept = {name: usual[name] for name in ("pixels", "dct", "pixels+control")}
-  result = likelihood.pilot(jax.random.key(1), x[:64], score_of(variance), log_prob_of, kept)
+  kept = {name: usual[name] for name in ("pixels", "dct")}
+  result = likelihood.pilot(jax.random.key(1), x, score_of(variance), log_prob_of, kept)
   alpha, sigma = SDE.marginal(jnp.stack([start_time(SDE, None, 1e-3), jnp.float32(1.0)]))
   growth = 0.5 * np.diff(np.log(np.outer(alpha**2, variance) + np.asarray(sigma)[:, None] ** 2), axis=0)[0]
   q = np.asarray(vectors()).T
@@ -52,7 +52,6 @@ def test_the_spreads_of_a_gaussian_model_are_those_of_the_formula():
   expected = np.sqrt(2 * (np.sum(jacobian**2) - np.sum(np.diag(jacobian) ** 2))) / 16
   np.testing.assert_allclose(result.spread["pixels"], expected, rtol=0.1)
   assert result.spread["dct"] < 0.01 * expected
-  assert result.spread["pixels+control"] < 0.05 * expected
   assert result.best == "dct"
 
 

@@ -9,8 +9,9 @@ Of one probe, with S the symmetric part of J, in d dimensions,
 Rademacher probes are exact in the basis of the eigenvectors of S; the others look the same in every basis.
 
 References:
-  Hutchinson 1989, A Stochastic Estimator of the Trace of the Influence Matrix; Grathwohl et al. 2019, FFJORD, eq. 7;
-  Avron & Toledo 2011, Randomized Algorithms for Estimating the Trace, for orthonormal bases.
+  Hutchinson 1989, A Stochastic Estimator of the Trace of the Influence Matrix; Girard 1989, A Fast Monte-Carlo
+  Cross-Validation Procedure, for the sphere; Avron & Toledo 2011, Randomized Algorithms for Estimating the Trace, for
+  the variances; Grathwohl et al. 2019, FFJORD, eq. 7.
 """
 
 import math

@@ -1,11 +1,12 @@
 """Hutch++: the trace on a subspace exactly, on the rest by random probes.
 
     S = (J - a I) Omega,   Q = orth(S),   P = I - Q Q^T
-    tr J = tr(Q^T (J - a I) Q) + E[v . (J - a I) v] + a d,      E[v v^T] = P
+    tr J = tr(Q^T J Q) + E[v . J v],      E[v v^T] = P
 
-a I is the part of J that is known; of a diffusion model's flow what is left is its denoiser's Jacobian. Residual probes
-are v = sqrt(d - s) P g / |P g| for Gaussian g and s columns of Q: uniform on a sphere of the complement, where they see
-multiples of the identity without noise; P g alone would add that of |P g|^2 times their size.
+a I is the part of J that is known; of a diffusion model's flow what is left is its denoiser's Jacobian, whose range Q
+is to hold. Residual probes are v = sqrt(d - s) P g / |P g| for Gaussian g and s columns of Q: uniform on a sphere of
+the complement, where they see multiples of the identity without noise, unknown ones, too; P g alone would add the noise
+of |P g|^2 times their size.
 
 References:
   Meyer, Musco, Musco & Woodruff 2021, Hutch++: Optimal Stochastic Trace Estimation, Algorithm 1; Epperly, Tropp &
@@ -68,19 +69,16 @@ def estimate(f: Callable[[State], State], x: State, drawn: Probes, identity: Arr
   """f(x), and the estimate of every residual probe."""
   value, linear = jax.linearize(f, x)
   omega, g = drawn
-  size, sketch = omega.shape[1:]
-  known = jnp.asarray(identity, x.dtype)
+  sketch = omega.shape[2]
 
   def product(v: Float[Array, "b d k"]) -> Float[Array, "b d k"]:
-    images = jax.vmap(linear, in_axes=-1, out_axes=-1)(v.reshape(*x.shape, -1))
-    return images.reshape(v.shape) - known * v
+    return jax.vmap(linear, in_axes=-1, out_axes=-1)(v.reshape(*x.shape, -1)).reshape(v.shape)
 
-  q, _ = jnp.linalg.qr(jax.lax.stop_gradient(product(omega)))
+  q, _ = jnp.linalg.qr(jax.lax.stop_gradient(product(omega) - jnp.asarray(identity, x.dtype) * omega))
   v = _on_complement(q, g)
   images = product(jnp.concatenate([q, v], axis=2))
   inside = jnp.sum(q * images[:, :, :sketch], axis=(1, 2))
-  outside = jnp.sum(v * images[:, :, sketch:], axis=1)
-  return value, inside[:, None] + outside + known * size
+  return value, inside[:, None] + jnp.sum(v * images[:, :, sketch:], axis=1)
 
 
 def _on_complement(q: Float[Array, "b d s"], g: Float[Array, "b d m"]) -> Float[Array, "b d m"]:
