@@ -13,21 +13,31 @@ from ml_collections import ConfigDict
 from jaxdiff import factory, schema
 from jaxdiff.schema import Config, ConfigError
 
-_SHORT = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif"}
+_SAMPLE = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif"}
+_LIKELIHOOD = {
+  f"--{name}": f"likelihood.{name}"
+  for name in (
+    *("split", "limit", "seed", "dtype", "dequantization", "draws", "importance"),
+    *("solver", "rtol", "atol", "variable", "steps"),
+  )
+}
+_SWITCHES = ("--gif", "--importance")
 _STEPS = ("sampler.grid.steps", "sampler.steps")
+_TRACE = "likelihood.divergence"
 
 
-def parse(argv: list[str]) -> tuple[Config, Path]:
+def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
   """The resolved config and the workdir.
 
   Args:
+    command: the command; for "likelihood" the short flags stand for fields of that section, and --other.field for those
+      of the section other; for all others --sampler, --steps, --num, --seed and --gif for fields of sampler and sample.
     argv: what follows the command: --workdir=DIR, --config=FILE, --config.field=value; a space may replace the "=".
-      --sampler, --steps, --num, --seed and --gif stand for fields of the sections sampler and sample.
 
   Raises:
     ConfigError: for anything that cannot be read, does not exist or has another type.
   """
-  options = _options(argv)
+  options = _options(command, argv)
   if "--workdir" not in options:
     raise ConfigError("--workdir=DIR is needed: the directory of the run")
   workdir = Path(options.pop("--workdir")).expanduser()
@@ -37,18 +47,48 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
   if file is None and not own.exists():
     raise ConfigError(f"{own} does not exist: train first, or give --config=FILE")
   config = factory.read(own) if file is None else load(Path(file).expanduser())
+  short = _short(command)
   return override(
-    config, {_SHORT.get(name, name.removeprefix("--config.")): options[name] for name in options}
+    config, {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
   ), workdir
 
 
-def _options(argv: list[str]) -> dict[str, str]:
+def directories(argv: list[str]) -> list[Path]:
+  """The directories that --compare=DIR,DIR names.
+
+  Raises:
+    ConfigError: for fewer than two, one that is none, or other flags beside it.
+  """
+  name, equals, value = argv[0].partition("=")
+  texts = [text for text in (value if equals else "".join(argv[1:2])).split(",") if text]
+  if name != "--compare" or len(argv) > (1 if equals else 2):
+    raise ConfigError("--compare=DIR,DIR reads what was evaluated in those directories; it takes no other flags")
+  if len(texts) < 2:
+    raise ConfigError("--compare needs at least two directories of runs: --compare=DIR,DIR")
+  folders = [Path(text).expanduser() for text in texts]
+  if missing := [folder for folder in folders if not folder.is_dir()]:
+    raise ConfigError(f"--compare: {missing[0]} is not a directory")
+  return folders
+
+
+def _short(command: str) -> dict[str, str]:
+  return _LIKELIHOOD if command == "likelihood" else _SAMPLE
+
+
+def _options(command: str, argv: list[str]) -> dict[str, str]:
   options, rest = {}, list(argv)
+  special = ("--probes",) if command == "likelihood" else ("--steps",)
+  flags = ("--workdir", "--config", *special, *_short(command))
   while rest:
     name, equals, value = rest.pop(0).partition("=")
-    if name not in ("--workdir", "--config", "--steps", *_SHORT) and not name.startswith("--config."):
-      raise ConfigError(f"unexpected argument {name + equals + value!r}: settings are given as --config.field=value")
-    if name == "--gif" and not equals:
+    if command == "likelihood" and name.startswith("--other."):
+      name = name.replace("--", "--config.", 1)
+    if name not in flags and not name.startswith("--config."):
+      raise ConfigError(
+        f"unexpected argument {name + equals + value!r}: settings are given as --config.field=value, some of those of "
+        f"{command} by a short flag; {schema.nearest(name, flags)}"
+      )
+    if name in _SWITCHES and not equals and (not rest or rest[0].startswith("--")):
       value = "True"
     elif not equals and rest and not rest[0].startswith("--"):
       value = rest.pop(0)
@@ -99,14 +139,33 @@ def override(config: Config, texts: Mapping[str, str]) -> Config:
   Raises:
     ConfigError: a field that the schema does not know, or a value of another type.
   """
-  config = copy.deepcopy(config)
+  config, texts = copy.deepcopy(config), dict(texts)
+  if "--probes" in texts:
+    texts = _probes(config, texts.pop("--probes"), texts)
   for path in sorted(texts, key=lambda path: (not path.endswith(".type"), path.count("."))):
     _set(config, _steps(config) if path == "--steps" else path, texts[path])
   schema.check_sections(config)
-  for name in schema.paths("data", config["data"]):
-    if (value := config["data"].get(name)) is not None:
-      config["data"][name] = str(Path(value).expanduser().absolute())
+  for section in ("data", "other"):
+    fields = config.get(section, {})
+    for name in schema.paths(section, fields) if fields else ():
+      if (value := fields.get(name)) is not None:
+        fields[name] = str(Path(value).expanduser().absolute())
   return config
+
+
+def _probes(config: Config, text: str, texts: dict[str, str]) -> dict[str, str]:
+  """The fields that --probes stands for: the exact trace, or so many probes of the estimator there is, or Hutchinson's.
+
+  An estimator that is named beside it is left as it is.
+  """
+  if text == "exact":
+    return {f"{_TRACE}.type": "exact", **texts}
+  if not text.isdecimal():
+    raise ConfigError(f"--probes must be a whole number, or exact; got {text!r}")
+  section = config.get("likelihood", {}).get("divergence", {})
+  has_probes = "type" in section and "probes" in schema.parameters(_TRACE, section)
+  kind = {} if has_probes else {f"{_TRACE}.type": "hutchinson"}
+  return kind | {f"{_TRACE}.probes": text} | texts
 
 
 def _steps(config: Config) -> str:

@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=value ...]
@@ -16,11 +17,18 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   train        train, or continue from the newest checkpoint in DIR
   sample       draw samples: samples.png, samples.npz, denoising.png; short flags: --sampler=dpm_solver_pp --steps=20
                --num=64 --seed=1 --gif (denoising.gif)
-  likelihood   evaluate held-out data: likelihood.json, likelihood.npz, a table
+  likelihood   evaluate held-out data: likelihood.json, likelihood.npz, likelihood.png, a table; stopped and started
+               again it goes on where it was; short flags: --split=test --limit=100 --solver=tsit5 --rtol=1e-5
+               --atol=1e-5 --probes=16 (or exact) --dequantization=uniform --draws=8 --importance --dtype=float64
+               --variable=log_snr --steps=shared --seed=1;
+               --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
+  likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
-The other commands take other settings only of their own sections, sampler, sample, likelihood and evaluate.
+The other commands take other settings only of their own sections, sampler, sample, likelihood, evaluate and other.
+Several processes share a likelihood where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+unless the cluster says so) and all see DIR.
 """
 COMMANDS = ("train", "sample", "likelihood", "evaluate")
 
@@ -52,6 +60,34 @@ def _quieten() -> None:
   sys.unraisablehook = show
 
 
+def _warn_plainly() -> None:
+  """A warning is one line on standard error, and said once."""
+  said: set[str] = set()
+
+  def show(message: Warning | str, *where: Any, **more: Any) -> None:
+    if str(message) not in said:
+      said.add(str(message))
+      print(f"jaxdiff: warning: {message}", file=sys.stderr, flush=True)
+
+  warnings.showwarning = show
+
+
+def _join_processes() -> None:
+  """Make this one of several processes if the environment says so; JAX itself knows those of Slurm, MPI and TPUs."""
+  import jax
+
+  if "JAX_COORDINATOR_ADDRESS" not in os.environ or jax.distributed.is_initialized():
+    return
+  count, number = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+  jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends an evaluation: it goes on where it was
+  try:
+    jax.distributed.initialize(
+      num_processes=None if count is None else int(count), process_id=None if number is None else int(number)
+    )
+  except (ValueError, RuntimeError) as error:
+    _leave(2, f"JAX_COORDINATOR_ADDRESS is set, but the processes do not find each other: {error}")
+
+
 def main(argv: list[str] | None = None) -> None:
   """Run a command.
 
@@ -60,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
   if argv is None:
     argv = sys.argv[1:]
     _quieten()
+    _warn_plainly()
   if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
     print(USAGE)
     return
@@ -79,7 +116,11 @@ def _run(command: str, argv: list[str]) -> None:
   from jaxdiff import arguments, commands, factory, objectives, rundir, status, training
 
   try:
-    config, workdir = arguments.parse(argv)
+    if command == "likelihood" and argv and argv[0].split("=")[0] == "--compare":
+      return commands.compare(arguments.directories(argv))
+    config, workdir = arguments.parse(command, argv)
+    if command == "likelihood":
+      _join_processes()
     objectives.check(config)
     getattr(commands, command)(config, workdir)
   except (factory.ConfigError, training.FingerprintError) as error:

@@ -1,5 +1,6 @@
 """From a config to components: the only file that builds from configs; `schema` says what a config may hold."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -25,6 +26,7 @@ TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "op
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
 _FREE_TRAIN_FIELDS = ("log_every", "checkpoint_every", "keep")
 _LARGEST_SIGNAL_AT_PRIOR = 0.05
+_TRACE = {"type": "hutchinson"}
 
 
 def normalize(config: ConfigDict | Mapping[str, Any], path: str = "config") -> Config:
@@ -93,9 +95,9 @@ def component(path: str, section: Any, /, **given: Any) -> Any:
   return _construct(constructor, fields, path, **given)
 
 
-def make_source(config: Config, split: str) -> Source:
-  """The examples of a split."""
-  return component("data", config["data"], split=split)
+def make_source(config: Config, split: str, section: str = "data") -> Source:
+  """The examples of a split, of the run's data or of another section that names a source."""
+  return component(section, config[section], split=split)
 
 
 def make_forward(config: Config) -> Any:
@@ -224,13 +226,37 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   section = config["likelihood"]
   schema.check_section("likelihood", section)
   settings = LikelihoodSettings(**{name: section[name] for name in _settings_fields(section)})
-  _at_least("likelihood", settings, 1, "batch_size")
+  _at_least("likelihood", settings, 1, "batch_size", "draws")
   _at_least("likelihood", settings, 0, "bound_draws")
   _check_seed("likelihood.seed", settings.seed)
   if settings.limit < 0:
     raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
   _check_split(config, "likelihood", settings.split)
   return settings
+
+
+def precision(config: Config) -> contextlib.AbstractContextManager[Any]:
+  """Within this context arrays are made in float64 if the likelihood is to be evaluated so."""
+  return jax.enable_x64(True) if likelihood_settings(config).dtype == "float64" else contextlib.nullcontext()
+
+
+def in_precision(config: Config, params: Any) -> tuple[Config, Any]:
+  """A config whose network computes in float64, and the parameters in float64, if the likelihood is to be so.
+
+  Only within `precision` are they kept so.
+  """
+  if likelihood_settings(config).dtype == "float32":
+    return config, params
+  wide = lambda leaf: np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+  return config | {"network": config["network"] | {"dtype": "float64"}}, jax.tree.map(wide, params)
+
+
+def likelihood_facts(config: Config) -> Config:
+  """The section `likelihood` with all its defaults, those of the trace estimator included."""
+  section = config["likelihood"]
+  trace = section.get("divergence", _TRACE)
+  resolved = {"divergence": schema.resolved("likelihood.divergence", trace)}
+  return schema.resolved("likelihood", section) | resolved
 
 
 def _check_split(config: Config, path: str, split: str) -> None:
@@ -250,12 +276,15 @@ def evaluate_settings(config: Config) -> EvaluateSettings:
 
 
 def make_log_prob(config: Config, process: sde.ScalarSDE) -> likelihood.LogDensity:
-  """The log-density of a process."""
+  """The log-density of a process; in float64 it takes x so, as what dequantizes them need not be."""
   section = config["likelihood"]
   schema.check_section("likelihood", section)
-  trace = component("likelihood.divergence", section.get("divergence", {"type": "hutchinson"}))
+  trace = component("likelihood.divergence", section.get("divergence", _TRACE))
   fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
-  return _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
+  made = _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
+  if likelihood_settings(config).dtype == "float32":
+    return made
+  return dataclasses.replace(made, evaluate=lambda key, x, *rest: made.evaluate(key, x.astype(jnp.float64), *rest))
 
 
 def make_sampler(config: Config, process: sde.ScalarSDE, **options: Any) -> Callable[..., Any]:
@@ -314,4 +343,5 @@ def check_components(config: Config) -> None:
   for build in (make_network, make_optimizer_of, *settings):
     build(config)
   make_sampler(config, process)
-  make_log_prob(config, process)
+  with precision(config):
+    make_log_prob(config, make_process(config))

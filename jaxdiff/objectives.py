@@ -97,22 +97,72 @@ def _with_dropout(network: Callable[..., jax.Array], key: jax.Array) -> Callable
   return lambda x, t: jax.vmap(one)(key, x, t)
 
 
+def dequantization(config: Config, source: Source) -> str | None:
+  """How the integers of a source become continuous in the likelihood; None for data that are so."""
+  settings = factory.likelihood_settings(config)
+  if source.levels is not None:
+    if settings.dequantization != "auto":
+      return settings.dequantization
+    return "uniform" if _levels(config, source) is None else "gaussian"
+  if settings.dequantization != "auto" or settings.draws > 1 or settings.importance:
+    raise ConfigError(
+      "config.likelihood.dequantization, draws and importance belong to integers; these data are continuous, so their "
+      "log-density is reported, in nats: leave the settings out, or give the integers themselves and their levels"
+    )
+  return None
+
+
 def make_log_likelihood(config: Config, params: Any, source: Source) -> Evaluation:
   """`(params, keys [b], x) -> values [b]` of the probability flow: bits/dim of integers, else log-density in nats."""
-  process = factory.make_process(config, params)
-  log_prob, score, levels = factory.make_log_prob(config, process), factory.make_score(config), source.levels
-  evaluate: Callable[..., Any] = log_prob
-  if levels is not None:
-    on_integers = _levels(config, source) is not None
-    noise = likelihood.dequantization.gaussian(process, config["likelihood"].get("t0")) if on_integers else None
-    evaluate = likelihood.bits_per_dim(log_prob, levels, dequantization=noise)
+  process, kind = factory.make_process(config, params), dequantization(config, source)
+  log_prob, score = factory.make_log_prob(config, process), factory.make_score(config)
+  evaluate: Callable[..., Any] = log_prob if kind is None else _make_bits(config, log_prob, source.levels, kind)
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
     result = evaluate(key, x, score(params))
     status = {"code": result.status.code, "accepted": result.status.accepted}
-    return {"value": result.value, "standard_error": result.standard_error, "nfe": result.nfe, **status}
+    of_draws = getattr(result, "dequantization_error", jnp.zeros_like(result.value))
+    errors = {"standard_error": result.standard_error, "dequantization_error": of_draws}
+    return {"value": result.value, **errors, "nfe": result.nfe, **status}
 
   return run
+
+
+def _make_bits(config: Config, log_prob: likelihood.LogDensity, levels: Any, kind: str) -> Callable[..., Any]:
+  """Bits per dimension under a dequantization."""
+  settings, makers = factory.likelihood_settings(config), likelihood.dequantization
+  try:
+    if kind == "uniform":
+      dequantize = makers.uniform()
+    else:
+      maker = {"truncated_normal": makers.truncated_normal, "gaussian": makers.gaussian}[kind]
+      dequantize = maker(log_prob.sde, config["likelihood"].get("t0"))
+    return likelihood.bits_per_dim(
+      log_prob, levels, dequantization=dequantize, draws=settings.draws, importance=settings.importance
+    )
+  except ValueError as error:
+    raise ConfigError(f"config.likelihood: {error}") from error
+
+
+def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[str, Config]:
+  """What `make_log_likelihood` computes: a sentence, and all the settings it depends on."""
+  facts, kind = factory.likelihood_facts(config), dequantization(config, source)
+  facts |= {"t0": float(factory.make_log_prob(config, factory.make_process(config, params)).t0), "dequantization": kind}
+  flow = (
+    f"probability flow from t0 = {facts['t0']:.3g}, {_trace_in_words(facts['divergence'])}, {facts['solver']}, rtol "
+    f"{facts['rtol']:g}, atol {facts['atol']:g}, {facts['dtype']}"
+  )
+  if kind is None:
+    return f"nats, log-density of the model at t0, no bound: {flow}", facts
+  by = "noise of the process at t0 and the reconstruction" if kind == "gaussian" else kind.replace("_", " ")
+  how = "importance-weighted" if facts["importance"] else "averaged"
+  draws = "" if facts["draws"] == 1 else f", {facts['draws']} draws {how}"
+  return f"bits/dim, upper bound on -log2 P(x) / d, dequantization: {by}{draws}; {flow}", facts
+
+
+def _trace_in_words(section: Config) -> str:
+  count = section.get("probes")
+  return f"{section['type']} trace" if count is None else f"{count} {section['type']} probe{'s' * (count > 1)}"
 
 
 def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evaluation:
@@ -120,14 +170,15 @@ def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evalu
   levels, process, t0 = source.levels, factory.make_process(config, params), config["likelihood"].get("t0")
   bound = losses.bound(process, factory.make_prediction(config), _levels(config, source), t0=t0)
   average, apply = losses.averaged(bound, draws), factory.make_apply(config)
+  dtype = factory.likelihood_settings(config).dtype
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
     data_key, bound_key = keys.split(keys.fold_in(key, 0))  # as the first draw of bits_per_dim
     if levels is not None and _levels(config, source) is None:
-      x = likelihood.dequantize(data_key, x, levels)
+      x = likelihood.dequantize(data_key, x, levels).astype(dtype)
       offset = math.prod(source.shape) * math.log(levels / 2)
     else:
-      offset = 0.0
+      x, offset = x if levels is not None else x.astype(dtype), 0.0
     network = functools.partial(apply, factory.network_params(config, params))
     nats, aux = average(bound_key, x, network)
     unit = math.prod(source.shape) * math.log(2) if levels is not None else -1.0

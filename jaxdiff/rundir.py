@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxdiff import factory, training
+from jaxdiff import factory, parallel, training
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.schema import Config, ConfigError
@@ -83,10 +83,13 @@ def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
     workdir, [d for name in _DATA for d in factory.differences(trained["data"][name], now[name], f"data.{name}")]
   )
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  everywhere = parallel.replicated(parallel.make_mesh(jax.devices()))  # of all processes, as orbax wants it
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
   try:
-    return source, *training.load_params(workdir / "checkpoints", shapes)
+    params, step = training.load_params(workdir / "checkpoints", shapes)
   except ValueError as error:
     raise ConfigError(str(error)) from error
+  return source, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), step
 
 
 def _check_same_model(workdir: Path, found: list[str]) -> None:

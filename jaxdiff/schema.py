@@ -55,7 +55,10 @@ class SampleSettings:
 class LikelihoodSettings:
   """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time.
 
-  The variational bound is averaged over `bound_draws` evaluations of the network an example; 0 leaves it out.
+  The variational bound is averaged over `bound_draws` evaluations of the network an example; 0 leaves it out. Integers
+  are dequantized `draws` times, "auto" as the loss had them: uniformly, or by the noise of the process where it took
+  the integers themselves. `importance` averages probabilities over the draws instead of their logarithms. In float64
+  the parameters, the data, the process and the network are so.
   """
 
   split: str = "test"
@@ -63,6 +66,10 @@ class LikelihoodSettings:
   bound_draws: int = 32
   batch_size: int = 120
   seed: int = 0
+  dequantization: Literal["auto", "uniform", "truncated_normal", "gaussian"] = "auto"
+  draws: int = 1
+  importance: bool = False
+  dtype: Literal["float32", "float64"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +123,16 @@ SECTIONS: Mapping[str, Section] = {
   "sample": Section((SampleSettings,)),
   "sampler": Section(components.SAMPLERS, given=("sde", "forward", "path"), parts={"ts": "grid"}),
   "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
-  "likelihood": Section((LikelihoodSettings, likelihood.log_prob), given=("sde",), parts={"divergence": "divergence"}),
+  "likelihood": Section(
+    (LikelihoodSettings, likelihood.log_prob),
+    given=("sde", "prior_log_prob", "adjoint"),
+    parts={"divergence": "divergence"},
+  ),
   "likelihood.divergence": Section(components.DIVERGENCES),
   "evaluate": Section((EvaluateSettings,)),
+  "other": Section(components.SOURCES, given=("split",)),
 }
-OPTIONAL = ("evaluate",)
+OPTIONAL = ("evaluate", "other")
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 
@@ -160,6 +172,12 @@ def subsections(path: str, section: Any) -> list[str]:
   """The names of the sections within the section at `path`."""
   arguments = _arguments(path, section)
   return [name for argument, name in SECTIONS[path].parts.items() if argument in arguments]
+
+
+def resolved(path: str, section: Mapping[str, Any]) -> Config:
+  """The section at `path` with the defaults of what it leaves out; sections within it as they are."""
+  fields = parameters(path, section).items()
+  return {name: field.default for name, field in fields if field.default is not inspect.Parameter.empty} | dict(section)
 
 
 def check_name(path: str, section: Any, name: str) -> None:

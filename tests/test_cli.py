@@ -454,7 +454,7 @@ def test_mistakes_in_a_config_file_take_one_line(text, message, tmp_path, capsys
 def test_fields_of_the_schema_and_other_types_by_flag(capsys):
   flags = ["optimizer.weight_decay=0.1", "optimizer.clip_norm=none", "sampler.type=reverse_sde", "sampler.grid.steps=9"]
   flags += ["sde.type=VE", "sde.sigma_max=20", "network.dtype=bfloat16", "loss.weight.type=min_snr"]
-  config, _ = arguments.parse([TOY[0], "--workdir", "x", *(f"--config.{flag}" for flag in flags)])
+  config, _ = arguments.parse("train", [TOY[0], "--workdir", "x", *(f"--config.{flag}" for flag in flags)])
   objectives.check(config)
   assert config["optimizer"]["weight_decay"] == 0.1
   assert config["optimizer"]["clip_norm"] is None

@@ -9,7 +9,7 @@ import jaxdiff as jd
 from jaxdiff import parallel
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
-from jaxdiff.evaluation import baselines, pictures, runs
+from jaxdiff.evaluation import baselines, chunks, pictures, runs
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -93,16 +93,19 @@ def test_samples_do_not_depend_on_batch_size_or_devices(devices):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_likelihoods_do_not_depend_on_batch_size_or_devices(devices):
+def test_likelihoods_do_not_depend_on_batch_size_or_devices(devices, tmp_path):
   source = from_arrays(np.asarray(gaussian().sample(jax.random.key(0), 10)))
   log_prob = jd.likelihood.log_prob(jd.VP(), rtol=1e-4, atol=1e-4)
   mesh = parallel.make_mesh(jax.local_devices()[:devices])
   one_batch = lambda params, key, x: log_prob(key, x, score_of(params))._asdict() | {"status": jnp.zeros(len(x))}
-  run = lambda limit, batch, mesh: runs.evaluate(
-    one_batch, jnp.float32(1.0), source, limit, batch, 3, mesh, "likelihood"
-  )
-  reference = run(0, 10, parallel.make_mesh(jax.local_devices()[:1]))
+
+  def run(count, batch, mesh):
+    evaluate = runs.evaluator(one_batch, jnp.float32(1.0), source, batch, 3, mesh)
+    return chunks.in_chunks(tmp_path, "likelihood", "", count, batch, evaluate)
+
+  reference = run(10, 10, parallel.make_mesh(jax.local_devices()[:1]))
   other = run(7, 4, mesh)
+  np.testing.assert_array_equal(other["index"], np.arange(7))
   assert other["value"].shape == (7,)
   np.testing.assert_allclose(other["value"], reference["value"][:7], atol=1e-3)
   np.testing.assert_allclose(other["latent"], reference["latent"][:7], atol=1e-3)

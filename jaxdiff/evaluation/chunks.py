@@ -1,8 +1,13 @@
-"""Long evaluations in chunks: every finished one is kept in a file, and a run that was stopped goes on there."""
+"""Long evaluations in chunks: every finished one is kept in a file, and a run that was stopped goes on there.
+
+Several processes share the work by the files alone, on a file system that all of them see: process p of n computes the
+chunks p, p + n, p + 2n, ... and waits for those of the others.
+"""
 
 import hashlib
 import json
 import os
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 from tqdm import tqdm
+
+_POLL = 0.2  # seconds between two looks for the chunk of another process
 
 
 def identify(arrays: Any, **facts: Any) -> str:
@@ -35,6 +42,7 @@ def in_chunks(
   count: int,
   size: int,
   compute: Callable[[int], Mapping[str, np.ndarray]],
+  share: tuple[int, int] = (0, 1),
 ) -> dict[str, np.ndarray]:
   """Arrays of `count` examples, computed `size` at a time; chunks that are there already are read.
 
@@ -48,22 +56,27 @@ def in_chunks(
     count: how many examples.
     size: how many a chunk.
     compute: from the first example of a chunk to arrays `[size, ...]`, filled up where the examples end.
+    share: (index of this process, number of processes).
 
   Returns:
     Arrays `[count, ...]`, named as those of `compute`.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  parts = []
-  with tqdm(total=count, unit="example", desc=name, disable=None) as bar:
-    for start in range(0, count, size):
-      path, stamp = folder / f"{name}-{start:08d}.npz", f"{identity}:{size}"
+  stamp, starts, (index, processes) = f"{identity}:{size}", range(0, count, size), share
+  parts: dict[int, dict[str, np.ndarray]] = {}
+  with tqdm(total=count, unit="example", desc=name, disable=None if index == 0 else True) as bar:
+    for chunk in sorted(range(len(starts)), key=lambda chunk: chunk % processes != index):
+      start, path = starts[chunk], folder / f"{name}-{starts[chunk]:08d}.npz"
       part = _read(path, stamp)
-      if part is None:
+      if part is None and chunk % processes == index:
         part = dict(compute(start))
         _write(path, stamp, part)
-      parts.append(part)
+      while part is None:
+        time.sleep(_POLL)
+        part = _read(path, stamp)
+      parts[start] = part
       bar.update(min(size, count - start))
-  return {key: np.concatenate([part[key] for part in parts])[:count] for key in parts[0]}
+  return {key: np.concatenate([parts[start][key] for start in starts])[:count] for key in parts[0]}
 
 
 def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:

@@ -1,6 +1,6 @@
 """Pictures of a run: samples, denoising trajectories and the loss, as PNG files; the path to the samples as a GIF."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -114,5 +114,29 @@ def save_loss(path: Path, steps: Sequence[int], loss: Sequence[float], label: st
   axis.plot(steps, loss, linewidth=1)
   axis.set(xlabel="step", ylabel=label, title="training loss")
   axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def save_histograms(path: Path, values: Mapping[str, Float[np.ndarray, " n"]], label: str, title: str) -> None:
+  """Write histograms of numbers in one frame and on the same bins, each with its mean; what is not finite is left out.
+
+  Args:
+    path: of the PNG.
+    values: by the name of what they are of.
+    label: what the numbers are, with their unit.
+    title: above all.
+  """
+  finite = {name: x[np.isfinite(x)] for name, x in values.items()}
+  finite = {name: x for name, x in finite.items() if len(x)}
+  figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+  every = np.concatenate([*finite.values(), np.empty(0)])
+  for k, (name, x) in enumerate(finite.items()):
+    bins = np.histogram_bin_edges(every, bins=max(10, min(80, len(every) // 10)))
+    axis.hist(x, bins.tolist(), density=True, alpha=0.6, color=f"C{k}", label=f"{name}: {len(x)} examples")
+    axis.axvline(x.mean(), color=f"C{k}", linestyle="--", label=f"mean {x.mean():.4g}")
+  axis.set(xlabel=label, ylabel="density", title=title)
+  if finite:
+    axis.legend()
   figure.savefig(path, dpi=120)
   plt.close(figure)

@@ -1,5 +1,4 @@
-"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices, with a progress bar
-on a terminal.
+"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices.
 
 Sample k and the likelihood of example k depend on their own key only: batch size and number of devices do not matter.
 """
@@ -15,7 +14,6 @@ from tqdm import tqdm
 
 from jaxdiff import keys, parallel
 from jaxdiff.data.examples import Source
-from jaxdiff.data.pipeline import eval_batches
 from jaxdiff.sde import ScalarSDE
 from jaxdiff.typing import Params, ScoreFn
 
@@ -100,42 +98,35 @@ def trajectories(
   return np.asarray(run(score))
 
 
-def evaluate(
+def evaluator(
   one_batch: Callable[[Params, Array, Array], dict[str, Array]],
   params: Params,
   source: Source,
-  limit: int,
   batch_size: int,
   seed: int,
   mesh: Mesh,
-  what: str,
-) -> dict[str, np.ndarray]:
-  """Evaluate every example of a source, or the first `limit`.
+) -> Callable[[int], dict[str, np.ndarray]]:
+  """What evaluates a batch of a source: from the first of its examples to arrays `[batch_size]`; compiled once.
 
   Args:
     one_batch: `(params, keys [b], x [b, *d]) -> arrays [b]`, example by example.
     params: the parameters.
-    source: the examples.
-    limit: how many examples, 0 for all.
+    source: the examples; a batch beyond their end is filled up by the last one.
     batch_size: how many at a time, divisible by the number of devices.
     seed: of the noise of the evaluation.
     mesh: the devices.
-    what: said beside the progress bar.
 
   Returns:
-    Arrays `[n]`, named as those of `one_batch`.
+    `(start) -> arrays [batch_size]`, named as those of `one_batch`, and `index`: which examples they are.
   """
-  count = min(len(source), limit or len(source))
   run = jax.jit(parallel.shard_examples(one_batch, mesh))
-  params = parallel.replicate(mesh, params)
-  parts, start = [], 0
-  with tqdm(total=count, unit="example", desc=what, disable=None) as bar:
-    for batch, valid in eval_batches(source, batch_size):
-      if start >= count:
-        break
-      example = keys.example_keys(jax.random.fold_in(jax.random.key(seed), _LIKELIHOOD), start, batch_size)
-      part = jax.device_get(run(params, example, *jax.device_put([batch["x"]], parallel.batch_sharding(mesh))))
-      parts.append({name: value[:valid] for name, value in part.items()})
-      start += valid
-      bar.update(min(valid, count - bar.n))
-  return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+  params, key = parallel.replicate(mesh, params), jax.random.fold_in(jax.random.key(seed), _LIKELIHOOD)
+
+  def batch(start: int) -> dict[str, np.ndarray]:
+    rows = start + np.arange(batch_size)
+    x = source.gather(np.minimum(rows, len(source) - 1))["x"]
+    example = keys.example_keys(key, start, batch_size)
+    values = jax.device_get(run(params, example, *jax.device_put([x], parallel.batch_sharding(mesh))))
+    return {**values, "index": rows}
+
+  return batch

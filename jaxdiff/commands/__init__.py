@@ -1,8 +1,9 @@
-"""The commands: train, sample, likelihood, evaluate, each from a checked config and the directory of the run."""
+"""The commands: train, sample, likelihood, evaluate, each from a checked config and the directory of the run; and the
+comparison of what was evaluated in several.
+"""
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff import factory, objectives, parallel, rundir, samplers, status, training
+from jaxdiff.commands import console
+from jaxdiff.commands.likelihoods import likelihood as likelihood
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
-from jaxdiff.evaluation import baselines, chunks, features, neighbours, pictures, report, runs
-from jaxdiff.schema import Config, ConfigError, EvaluateSettings, LikelihoodSettings, SampleSettings
+from jaxdiff.evaluation import chunks, comparison, features, neighbours, pictures, report, runs
+from jaxdiff.schema import Config, ConfigError, EvaluateSettings, SampleSettings
 from jaxdiff.training.metrics import read_metrics
 
 _ANIMATED = 100  # samples in an animation
@@ -23,20 +26,10 @@ _QUANTILES = {"static": None, "dynamic": 0.995}
 _SHOWN = 10, 7  # samples in neighbours.png, and training images beside each
 
 
-def _say(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-
-
-def _check_batch(name: str, size: int, devices: int) -> None:
-  if size % devices:
-    nearest = max(devices, devices * round(size / devices))
-    raise ConfigError(f"config.{name} = {size} cannot be split over {devices} devices; take {nearest}")
-
-
 def train(config: Config, workdir: Path) -> None:
   """Train from the newest checkpoint in the workdir, or from the start."""
   settings, mesh = factory.train_settings(config), parallel.make_mesh()
-  _check_batch("train.batch_size", settings.batch_size, mesh.size)
+  console.check_batch("train.batch_size", settings.batch_size, mesh.size)
   source = factory.make_source(config, "train")
   if settings.batch_size > len(source):
     raise ConfigError(f"config.train.batch_size = {settings.batch_size} exceeds the {len(source)} training examples")
@@ -48,7 +41,9 @@ def train(config: Config, workdir: Path) -> None:
   state = parallel.replicate(mesh, training.init_state(params, optimizer, key))
   step = training.make_train_step(loss, optimizer, settings.ema_decay, settings.batch_size)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  _say(f"{source.name}: {len(source)} examples {source.shape}; {count:,} parameters; {mesh.size} {jax.devices()[0]}")
+  console.say(
+    f"{source.name}: {len(source)} examples {source.shape}; {count:,} parameters; {mesh.size} {jax.devices()[0]}"
+  )
   fingerprint = rundir.fingerprint(config, source)
   with (
     rundir.claimed(workdir, config),
@@ -56,7 +51,7 @@ def train(config: Config, workdir: Path) -> None:
   ):
     state = checkpoints.restore_latest(training.abstract_state(state), iterator) or state
     factory.write(config, workdir / "config.json")
-    _say(_standing(int(state.step), settings.steps))
+    console.say(_standing(int(state.step), settings.steps))
     with rundir.StopSignal() as stop:
       state = training.train(
         state,
@@ -80,7 +75,7 @@ def train(config: Config, workdir: Path) -> None:
     [record["loss"] / np.prod(source.shape) for record in records],
     "loss/dim",
   )
-  _list(workdir, "checkpoints", "loss.png", "metrics.jsonl", "config.json")
+  console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "config.json")
 
 
 def _standing(step: int, steps: int) -> str:
@@ -92,19 +87,19 @@ def _standing(step: int, steps: int) -> str:
 def sample(config: Config, workdir: Path) -> None:
   """Draw samples of the trained model."""
   settings, mesh = factory.sample_settings(config), parallel.make_mesh()
-  _check_batch("sample.batch_size", settings.batch_size, mesh.size)
+  console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config)
   process = factory.make_process(config, params)
   score = _thresholded(factory.make_score(config), process, settings.threshold)
   sampler = factory.make_sampler(config, process)
-  _say(f"sampling from step {step} by {config['sampler']['type']}")
+  console.say(f"sampling from step {step} by {config['sampler']['type']}")
   drawn = runs.draw(
     score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh
   )
   np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
   (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
   status.check(drawn["code"], drawn["accepted"])
-  _say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
+  console.say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
   if _can_be_shown(source):
     _show_samples(workdir, source, drawn["x"])
     if factory.has_path(config):
@@ -114,7 +109,9 @@ def sample(config: Config, workdir: Path) -> None:
         score(params), process, with_path, source.shape, min(count, settings.num), settings.seed
       )
       _show_paths(workdir, source, paths, settings)
-  _list(workdir, "samples.png", "denoising.png", *(["denoising.gif"] if settings.gif else []), "samples.npz")
+  console.list_files(
+    workdir, "samples.png", "denoising.png", *(["denoising.gif"] if settings.gif else []), "samples.npz"
+  )
 
 
 def _can_be_shown(source: Source) -> bool:
@@ -156,75 +153,16 @@ def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: Samp
     pictures.save_animation(workdir / "denoising.gif", paths, columns=round(paths.shape[1] ** 0.5))
 
 
-def likelihood(config: Config, workdir: Path) -> None:
-  """Evaluate the trained model on held-out data."""
-  settings, mesh = factory.likelihood_settings(config), parallel.make_mesh()
-  _check_batch("likelihood.batch_size", settings.batch_size, mesh.size)
-  source, params, step = rundir.load(workdir, config)
-  held_out = factory.make_source(config, settings.split)
-  _say(f"evaluating step {step} on {settings.split}")
-  size = _batch_size(settings.batch_size, min(len(held_out), settings.limit or len(held_out)), mesh.size)
-  values = _evaluate(config, settings, params, held_out, size, mesh)
-  np.savez_compressed(workdir / "likelihood.npz", allow_pickle=False, **values)
-  failed = int(np.count_nonzero(values["code"]))
-  rows = {} if held_out.levels is None else _reference_rows(source, held_out, len(values["value"]))
-  if not failed:
-    rows["model"] = baselines.mean_and_error(values["value"])
-  if "bound" in values:
-    rows["model, variational bound"] = baselines.mean_and_error(values["bound"])
-  unit = "nats" if held_out.levels is None else "bits/dim"
-  report = {
-    "unit": f"log-density, {unit}" if held_out.levels is None else unit,
-    "model": {name: config[name] for name in ("sde", "prediction", "network")},
-    "data": {"name": held_out.name, "content": held_out.content_hash},
-    "split": settings.split,
-    "examples": len(values["value"]),
-    "failed": failed,
-    "checkpoint_step": step,
-    "nfe": {"mean": float(values["nfe"].mean()), "min": int(values["nfe"].min()), "max": int(values["nfe"].max())},
-    "probe_standard_error": _finite(float(np.sqrt(np.mean(values["standard_error"] ** 2)))),
-    "settings": config["likelihood"],
-    "results": {name: {"mean": row.mean, "standard_error": _finite(row.standard_error)} for name, row in rows.items()},
-  }
-  (workdir / "likelihood.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-  status.check(values["code"], values["accepted"])
-  print(_table(f"{held_out.name}, {settings.split}: {report['examples']} examples, {report['unit']}", rows))
-  print(f"{report['nfe']['mean']:.0f} network evaluations an example ({report['nfe']['min']}-{report['nfe']['max']})")
-  _list(
-    workdir,
-    "checkpoints",
-    "likelihood.json",
-    "likelihood.npz",
-    "samples.png",
-    "denoising.png",
-    "loss.png",
-    "config.json",
-  )
-
-
-def _evaluate(
-  config: Config, settings: LikelihoodSettings, params: Any, held_out: Source, size: int, mesh: Mesh
-) -> dict[str, np.ndarray]:
-  """The probability flow's log-likelihoods and, if wanted, their variational bounds, on the same dequantized data."""
-  run = lambda one_batch, what: runs.evaluate(
-    one_batch, params, held_out, settings.limit, size, settings.seed, mesh, what
-  )
-  values = run(objectives.make_log_likelihood(config, params, held_out), "likelihood")
-  if settings.bound_draws:
-    values |= run(objectives.make_bound(config, params, held_out, settings.bound_draws), "bound")
-  return values
-
-
 def evaluate(config: Config, workdir: Path) -> None:
   """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
   settings, mesh = factory.evaluate_settings(config), parallel.make_mesh()
-  _check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
+  console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config)
   held_out = factory.make_source(config, settings.split)
   train = source.gather(np.arange(min(len(source), settings.reference or len(source))))
   unseen = held_out.gather(np.arange(min(len(held_out), settings.num)))["x"]
   _check_enough(settings, len(train["x"]), len(unseen))
-  _say(f"evaluating {settings.num} samples from step {step}")
+  console.say(f"evaluating {settings.num} samples from step {step}")
   chosen = _features(settings, train, source.levels)
   drawn, identity = _draw_in_chunks(config, settings, source, params, workdir / "evaluation", mesh)
   x = features.to_levels(drawn["x"], source.levels)
@@ -262,7 +200,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     pictures.save_neighbours(workdir / "neighbours.png", shown, images, closest.rows[first])
   title = f"{source.name}, against {len(known.x)} training examples, {samples.features.shape[1]} features, "
   print(report.table(f"{title}seed {settings.seed}", columns))
-  _list(workdir, "evaluation.json", "neighbours.png")
+  console.list_files(workdir, "evaluation.json", "neighbours.png")
 
 
 def _check_enough(settings: EvaluateSettings, train: int, held_out: int) -> None:
@@ -299,39 +237,9 @@ def _draw_in_chunks(
   return chunks.in_chunks(folder, "samples", identity, settings.num, size, batch), identity
 
 
-def _batch_size(wanted: int, examples: int, devices: int) -> int:
-  """The wanted batch size, or what the examples fill."""
-  if examples < devices:
-    raise ConfigError(
-      f"{examples} examples cannot be split over {devices} devices: evaluate more, or use fewer devices"
-    )
-  return min(wanted, examples - examples % devices)
-
-
-def _finite(value: float) -> float | None:
-  return value if np.isfinite(value) else None
-
-
-def _reference_rows(source: Any, held_out: Any, count: int) -> dict[str, baselines.Bits]:
-  seen = source.gather(np.arange(min(len(source), 20_000)))["x"]
-  unseen = held_out.gather(np.arange(count))["x"]
-  rows = {
-    "uniform": baselines.uniform(held_out.levels),
-    "per-pixel histogram": baselines.histogram(seen, unseen, held_out.levels),
-  }
-  if np.prod(held_out.shape) <= 1024:
-    rows["full-covariance Gaussian"] = baselines.gaussian(seen, unseen)
-  return rows
-
-
-def _table(title: str, rows: dict[str, baselines.Bits]) -> str:
-  width = max(map(len, rows))
-  lines = [f"  {name:<{width}}  {row.mean:8.4f} +- {row.standard_error:.4f}" for name, row in rows.items()]
-  return "\n".join([title, *lines])
-
-
-def _list(workdir: Path, *names: str) -> None:
-  """Print the paths of what is there."""
-  for name in names:
-    if (workdir / name).exists():
-      print(workdir / name)
+def compare(folders: Sequence[Path]) -> None:
+  """Print the likelihoods of several runs in one table, paired on the same examples."""
+  try:
+    print(comparison.table([comparison.read(folder) for folder in folders]))
+  except comparison.ComparisonError as error:
+    raise ConfigError(str(error)) from error
