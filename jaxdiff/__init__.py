@@ -7,6 +7,7 @@ evaluate   logp    = jd.likelihood.log_prob(sde)                logp(key, x0, sc
 
 from jaxdiff import ddpm as ddpm
 from jaxdiff import divergence as divergence
+from jaxdiff import flow as flow
 from jaxdiff import likelihood as likelihood
 from jaxdiff import losses as losses
 from jaxdiff import ncsn as ncsn

@@ -113,17 +113,17 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
     raise ValueError(f"u must be one number per example, [{size}]; got shape {jnp.shape(u)}")
 
 
-def score(x: Any, value: Any) -> Any:
-  """What a score gave for x, in the type of x; refused unless it is an array of floating point numbers like x.
+def score(x: Any, value: Any, name: str = "score") -> Any:
+  """What a score, or another field by name, gave for x, in the type of x; refused unless it is an array of floating point numbers like x.
 
   Raises:
     TypeError: for anything but such an array, a pair of an output and something else for one.
     ValueError: for another shape, also one that would broadcast.
   """
   if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
-    raise TypeError(f"score must return a floating point array, got {getattr(value, 'dtype', type(value).__name__)}")
+    raise TypeError(f"{name} must return a floating point array, got {getattr(value, 'dtype', type(value).__name__)}")
   if value.shape != x.shape:
-    raise ValueError(f"score must return an array of the shape of x, {x.shape}; got {value.shape}")
+    raise ValueError(f"{name} must return an array of the shape of x, {x.shape}; got {value.shape}")
   return value.astype(x.dtype)
 
 

@@ -130,17 +130,16 @@ def make_log_likelihood(config: Config, params: Any, source: Source) -> Evaluati
 
 def _make_bits(config: Config, log_prob: likelihood.LogDensity, levels: Any, kind: str) -> Callable[..., Any]:
   """Bits per dimension under a dequantization."""
-  settings = factory.likelihood_settings(config)
+  settings, makers = factory.likelihood_settings(config), likelihood.dequantization
   try:
-    if settings.importance and not (log_prob.divergence and log_prob.divergence.exact):
-      raise ValueError(
-        "importance needs the exact trace: probes make the average of probabilities too large; --probes=exact"
-      )
-    if settings.draws > 1 or kind == "truncated_normal":
-      raise ValueError("draws and the truncated normal are not there yet")
     if kind == "uniform":
-      return likelihood.bits_per_dim(log_prob, levels)
-    return likelihood.variational_bits_per_dim(log_prob.sde, log_prob, levels, t0=config["likelihood"].get("t0"))
+      dequantize = makers.uniform()
+    else:
+      maker = {"truncated_normal": makers.truncated_normal, "gaussian": makers.gaussian}[kind]
+      dequantize = maker(log_prob.sde, config["likelihood"].get("t0"))
+    return likelihood.bits_per_dim(
+      log_prob, levels, dequantization=dequantize, draws=settings.draws, importance=settings.importance
+    )
   except ValueError as error:
     raise ConfigError(f"config.likelihood: {error}") from error
 
@@ -174,7 +173,7 @@ def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evalu
   dtype = factory.likelihood_settings(config).dtype
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
-    data_key, bound_key = keys.split(key)
+    data_key, bound_key = keys.split(keys.fold_in(key, 0))  # as the first draw of bits_per_dim
     if levels is not None and _levels(config, source) is None:
       x = likelihood.dequantize(data_key, x, levels).astype(dtype)
       offset = math.prod(source.shape) * math.log(levels / 2)

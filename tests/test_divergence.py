@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import SDES
 
 import jaxdiff as jd
-from jaxdiff import ode
+from jaxdiff import likelihood, ode
+from jaxdiff.divergence import bases
+from jaxdiff.schedules import start_time
 
 MATRIX = jax.random.normal(jax.random.key(0), (5, 5))
 
@@ -31,29 +34,237 @@ def test_exact_trace_in_chunks():
   np.testing.assert_allclose(trace[:, 0], jnp.sum(3 * x**2, axis=(1, 2)), rtol=1e-5)
 
 
+ROTATION = jnp.linalg.qr(jax.random.normal(jax.random.key(5), (5, 5)))[0]
+SYMMETRIC = (MATRIX + MATRIX.T) / 2
+
+
+def off_diagonal(s):
+  return 2 * (jnp.sum(s**2) - jnp.sum(jnp.diag(s) ** 2))
+
+
 @pytest.mark.parametrize(
-  ("noise", "variance"),
+  ("noise", "basis", "variance"),
   [
-    ("rademacher", lambda s: 2 * (jnp.sum(s**2) - jnp.sum(jnp.diag(s) ** 2))),
-    ("gaussian", lambda s: 2 * jnp.sum(s**2)),
+    ("rademacher", None, off_diagonal(SYMMETRIC)),
+    ("rademacher", ROTATION, off_diagonal(ROTATION.T @ SYMMETRIC @ ROTATION)),
+    ("gaussian", None, 2 * jnp.sum(SYMMETRIC**2)),
+    ("sphere", None, 2 * 5 / 7 * (jnp.sum(SYMMETRIC**2) - jnp.trace(SYMMETRIC) ** 2 / 5)),
   ],
+  ids=["rademacher", "rotated", "gaussian", "sphere"],
 )
 @pytest.mark.parametrize("probes", [1, 3])
-def test_hutchinson_is_unbiased_with_the_known_variance(noise, variance, probes):
+def test_hutchinson_is_unbiased_with_the_known_variance(noise, basis, variance, probes):
   """Only the symmetric part counts; mean within 4 standard errors, variance within 15% over 4000 keys."""
-  divergence = jd.divergence.hutchinson(probes, noise)
-  x, n = jnp.zeros((4000, 5)), 4000
-  probes_of = lambda key: divergence.draw(key, x)
-  run = jax.jit(lambda key: divergence.estimate(linear, x, probes_of(key), jnp.zeros(()))[1])
+  divergence, n = jd.divergence.hutchinson(probes, noise, basis), 4000
+  x = jnp.zeros((n, 5))
+  run = jax.jit(lambda key: divergence.estimate(linear, x, divergence.draw(key, x), jnp.zeros(()))[1])
   estimates = run(jd.example_keys(jax.random.key(2), 0, n))
   assert estimates.shape == (n, probes)
-  expected = variance((MATRIX + MATRIX.T) / 2)
   means = estimates.mean(axis=1)
-  assert abs(means.mean() - jnp.trace(MATRIX)) < 4 * np.sqrt(expected / probes / n)
-  np.testing.assert_allclose(means.var() * probes, expected, rtol=0.15)
+  assert abs(means.mean() - jnp.trace(MATRIX)) < 4 * np.sqrt(variance / probes / n)
+  np.testing.assert_allclose(means.var() * probes, variance, rtol=0.15)
   if probes > 1:
     claimed = divergence.standard_error(estimates)
-    np.testing.assert_allclose(jnp.mean(claimed**2), expected / probes, rtol=0.15)
+    np.testing.assert_allclose(jnp.mean(claimed**2), variance / probes, rtol=0.15)
+
+
+def test_rademacher_probes_in_the_eigenbasis_are_exact():
+  basis, x = np.linalg.eigh(SYMMETRIC)[1], jnp.zeros((8, 5))
+  divergence = jd.divergence.hutchinson(2, basis=basis)
+  v = divergence.draw(jd.example_keys(jax.random.key(0), 0, 8), x)
+  _, estimates = divergence.estimate(linear, x, v, jnp.zeros(()))
+  np.testing.assert_allclose(estimates, jnp.trace(MATRIX), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (5, 4)])
+def test_dct_is_the_orthonormal_matrix_of_its_formula(shape):
+  """Per channel, in float32 to a few roundings, under jit and vmap."""
+  cosines = lambda n: (
+    np.sqrt(np.where(np.arange(n) == 0, 1, 2) / n)[:, None]
+    * np.cos(np.pi * np.arange(n)[:, None] * (np.arange(n)[None] + 0.5) / n)
+  )
+  channels = np.eye(*(shape[2:] or (1,)))
+  matrix = np.kron(np.kron(cosines(shape[0]), cosines(shape[1])), channels)  # rows are the basis vectors
+  size = len(matrix)
+  unit = jnp.eye(size).reshape(size, *shape)
+  np.testing.assert_allclose(bases.DCT.synthesize(unit).reshape(size, size), matrix, atol=1e-6)
+  np.testing.assert_allclose(bases.DCT.analyze(unit).reshape(size, size), matrix.T, atol=1e-6)
+  np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
+  batches = unit.reshape(2, size // 2, *shape)
+  inside = jax.jit(jax.vmap(bases.DCT.synthesize))(batches)
+  np.testing.assert_allclose(inside.reshape(size, size), matrix, atol=1e-6)
+
+
+def test_dct_probes_are_the_transform_of_signs():
+  x = jnp.zeros((3, 4, 6, 2))
+  v = jd.divergence.hutchinson(5, basis="dct").draw(jd.example_keys(jax.random.key(0), 0, 3), x)
+  assert v.shape == (3, 5, 4, 6, 2)
+  signs = bases.DCT.analyze(v.reshape(15, 4, 6, 2))
+  np.testing.assert_allclose(jnp.abs(signs), 1, atol=1e-5)
+  assert abs(signs.mean()) < 4 / np.sqrt(signs.size)
+
+
+def points(covariance, mean):
+  """Data with exactly this covariance."""
+  variances, vectors = np.linalg.eigh(covariance)
+  rays = np.sqrt(len(vectors) * variances)[:, None] * vectors.T
+  return jnp.asarray(np.concatenate([mean + rays, mean - rays]))
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm"])
+def test_control_variate_is_exact_on_gaussian_data(name, x64):
+  """Rademacher and Gaussian probes agree to 50 tolerances of the solver (they are squared), far apart though bare; the
+  value is that of the affine flow, in closed form."""
+  sde, factor = SDES[name], np.array([[1.0, 0.0, 0.0], [0.8, 0.4, 0.0], [0.3, -0.5, 0.2]])
+  covariance, mean, t0 = jnp.asarray(factor @ factor.T), np.array([0.3, -1.0, 0.0]), start_time(sde, None, 1e-3)
+  x = points(covariance, mean)
+  control = jd.divergence.gaussian_control(x)
+  signs, normal = (jd.divergence.hutchinson(2, noise, control=control) for noise in ("rademacher", "gaussian"))
+
+  def noised(t):
+    alpha, sigma = sde.marginal(t)
+    return alpha, alpha[..., None, None] ** 2 * covariance + sigma[..., None, None] ** 2 * jnp.eye(3)
+
+  def score(x, t):
+    alpha, variance = noised(t)
+    away = x - alpha[:, None] * jnp.asarray(mean)[None]
+    return -jnp.linalg.solve(variance, away[..., None])[..., 0]
+
+  both = signs._replace(
+    draw=lambda key, x: jnp.concatenate([signs.draw(key, x), normal.draw(key, x)], axis=1),
+    standard_error=lambda estimates: jnp.max(estimates, axis=1) - jnp.min(estimates, axis=1),
+  )
+  solve = likelihood.log_prob(sde, both, 1e-6, 1e-6)
+  with jax.numpy_rank_promotion("allow"):
+    result = jax.jit(lambda x: solve(jax.random.key(0), x, score))(x[:3])
+    ends = [jnp.linalg.slogdet(noised(jnp.asarray(t))[1])[1] for t in (t0, sde.t1)]
+  assert jnp.max(result.standard_error) < 5e-5
+  np.testing.assert_allclose(result.value, sde.prior_log_prob(result.latent) + 0.5 * (ends[1] - ends[0]), atol=5e-5)
+  v = both.draw(jd.example_keys(jax.random.key(0), 0, 3), x[:3])
+  assert jnp.min(jnp.std(both.correction(v, lambda l: 0.5 * jnp.log(1 / l)), axis=1)) > 0.3
+
+
+def test_control_in_the_basis_of_the_probes_corrects_nothing():
+  x = jax.random.normal(jax.random.key(0), (64, 4, 4, 1))
+  control, growth = jd.divergence.gaussian_control(x, "dct"), lambda variance: jnp.log(variance)
+  key = jd.example_keys(jax.random.key(1), 0, 64)
+  own, other = (jd.divergence.hutchinson(3, basis=basis, control=control) for basis in ("dct", None))
+  np.testing.assert_allclose(own.correction(own.draw(key, x), growth), 0, atol=1e-5)
+  assert jnp.std(other.correction(other.draw(key, x), growth)) > 0.1
+
+
+def test_control_by_the_dct_has_the_variances_of_the_coefficients():
+  """Of 3000 examples in chunks, against the diagonal of Q^T C Q."""
+  x = jax.random.normal(jax.random.key(0), (3000, 16)) @ jax.random.normal(jax.random.key(1), (16, 16))
+  x = x.reshape(3000, 4, 4, 1)
+  control = jd.divergence.gaussian_control(x, "dct")
+  covariance = np.cov(np.asarray(x, np.float64).reshape(3000, 16).T, ddof=0)
+  q = np.asarray(bases.DCT.synthesize(jnp.eye(16).reshape(16, 4, 4, 1))).reshape(16, 16)
+  np.testing.assert_allclose(control.variances, np.diag(q @ covariance @ q.T), rtol=1e-5)
+
+
+def test_principal_components_diagonalize_the_covariance():
+  x = jax.random.normal(jax.random.key(0), (100, 5)) @ MATRIX + 3.0
+  basis = jd.divergence.pca_basis(x)
+  within = basis.T @ np.cov(np.asarray(x, np.float64).T, ddof=0) @ basis
+  np.testing.assert_allclose(within, np.diag(jd.divergence.gaussian_control(x).variances), atol=1e-9)
+
+
+def decaying(size, power, shift):
+  rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))[0]
+  low = rotation @ np.diag(1 / np.arange(1, size + 1.0) ** power) @ rotation.T
+  return jnp.asarray(low + shift * np.eye(size), jnp.float32)
+
+
+def test_hutchpp_is_unbiased_knows_its_error_and_beats_hutchinson_at_equal_products():
+  """12 products on eigenvalues 1/i^2 + 7, of which 7 is known: an eighth of the spread or less."""
+  matrix, n = decaying(40, 2, 7.0), 1000
+  x, key = jnp.zeros((n, 40)), jd.example_keys(jax.random.key(0), 0, n)
+
+  def run(divergence):
+    estimate = lambda key: divergence.estimate(lambda x: x @ matrix, x, divergence.draw(key, x), jnp.full((), 7.0))
+    return jax.jit(lambda key: estimate(key)[1])(key)
+
+  estimates, plain = run(jd.divergence.hutchpp(4, 4)), run(jd.divergence.hutchinson(12))
+  assert estimates.shape == (n, 4)
+  spread = jnp.std(estimates.mean(axis=1))
+  assert abs(estimates.mean() - jnp.trace(matrix)) < 4 * spread / np.sqrt(n) + 1e-4
+  assert spread < jnp.std(plain.mean(axis=1)) / 5
+  claimed = jd.divergence.hutchpp(4, 4).standard_error(estimates)
+  np.testing.assert_allclose(jnp.sqrt(jnp.mean(claimed**2)), spread, rtol=0.1)
+
+
+def test_hutchpp_sees_multiples_of_the_identity_without_noise():
+  """Known or not: residual probes have one length."""
+  divergence, x = jd.divergence.hutchpp(2, 3), jnp.zeros((4, 3, 2))
+  v = divergence.draw(jd.example_keys(jax.random.key(0), 0, 4), x)
+  for known in (0.0, 5.0, -2.0):
+    _, estimates = divergence.estimate(lambda x: 5 * x, x, v, jnp.full((), known))
+    np.testing.assert_allclose(estimates, 30, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sketch", [2, 4, 6])
+def test_hutchpp_is_exact_when_the_rank_is_below_the_sketch(sketch):
+  """Rank 2, also where S is singular or has all of the dimensions; the gradient is finite and exact, too."""
+  left, right = jax.random.normal(jax.random.key(0), (2, 6, 2))
+  x, divergence = jnp.zeros((3, 6)), jd.divergence.hutchpp(sketch, 2)
+  v = divergence.draw(jd.example_keys(jax.random.key(1), 0, 3), x)
+
+  def trace(w):
+    f = lambda x: 3 * x + w * ((x @ right) @ left.T)
+    return divergence.estimate(f, x, v, jnp.full((), 3.0))[1]
+
+  expected = jnp.sum(left * right)
+  value, slope = jax.jit(lambda w: jax.vjp(trace, w))(1.5)
+  np.testing.assert_allclose(value, 18 + 1.5 * expected, rtol=1e-5)
+  np.testing.assert_allclose(slope(jnp.ones((3, 2)) / 6)[0], expected, rtol=1e-5)
+
+
+def test_hutchpp_has_unbiased_gradients():
+  """Of tr(w A + w^2 B) in w, over 2000 keys."""
+  n, other = 2000, decaying(5, 1, 0.0)
+  x, divergence = jnp.zeros((n, 5)), jd.divergence.hutchpp(1, 1)
+  v = divergence.draw(jd.example_keys(jax.random.key(3), 0, n), x)
+  f = lambda w: divergence.estimate(lambda x: w * linear(x) + w**2 * (x @ other), x, v, jnp.zeros(()))[1][:, 0]
+  _, slopes = jax.jit(lambda w: jax.jvp(f, (w,), (jnp.ones(()),)))(jnp.full((), 0.7))
+  expected = jnp.trace(MATRIX) + 1.4 * jnp.trace(other)
+  assert abs(slopes.mean() - expected) < 4 * slopes.std() / np.sqrt(n)
+  assert slopes.std() > 0.1
+
+
+def test_exact_trace_holds_64_tangents_at_a_time():
+  """1024 dimensions: without chunks 16 times the memory."""
+  weights = jax.random.normal(jax.random.key(0), (1024, 1024)) / 32
+  x, batch = jnp.ones((4, 1024)), 4
+  f = lambda x: jnp.tanh(x @ weights)
+  chunked = lambda x: jd.divergence.exact().estimate(f, x, None, jnp.zeros(()))[1]
+  compiled = jax.jit(chunked).lower(x).compile()
+  held = compiled.memory_analysis().temp_size_in_bytes
+  one_tangent = 4 * 1024 * batch
+  assert held < 4 * 64 * one_tangent < 1024 * one_tangent
+  slope = 1 - f(x) ** 2
+  np.testing.assert_allclose(compiled(x)[:, 0], slope @ jnp.diag(weights), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [jd.divergence.exact, lambda: jd.divergence.hutchinson(5), lambda: jd.divergence.hutchpp(2, 3)],
+  ids=["exact", "hutchinson", "hutchpp"],
+)
+def test_one_network_call_an_evaluation_whatever_the_probes(make):
+  calls, divergence, x = [], make(), jnp.ones((2, 6))
+
+  def network(x):
+    jax.debug.callback(lambda _: calls.append(1), x)
+    return jnp.sin(x)
+
+  def evaluate(x):
+    v = divergence.draw(jd.example_keys(jax.random.key(0), 0, 2), x)
+    return divergence.estimate(network, x, v, jnp.zeros(()))[1]
+
+  jax.block_until_ready(jax.jit(evaluate)(x))
+  jax.effects_barrier()
+  assert len(calls) == 1
 
 
 def test_standard_error_is_zero_for_the_exact_trace_and_unknown_for_one_probe():
@@ -62,10 +273,47 @@ def test_standard_error_is_zero_for_the_exact_trace_and_unknown_for_one_probe():
 
 
 def test_bad_arguments_are_refused(untyped):
+  make, x, key = jd.divergence.hutchinson, jnp.ones((2, 9)), jd.example_keys(jax.random.key(0), 0, 2)
   with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
-    jd.divergence.hutchinson(0)
-  with pytest.raises(ValueError, match="noise must be 'rademacher' or 'gaussian', got 'cauchy'"):
-    jd.divergence.hutchinson(1, "cauchy")
+    make(0)
+  with pytest.raises(ValueError, match="noise must be one of 'rademacher', 'gaussian', 'sphere', got 'cauchy'"):
+    make(1, "cauchy")
+  with pytest.raises(ValueError, match="basis must be one of 'identity', 'dct', got 'wavelet'"):
+    make(basis="wavelet")
+  for noise in ("gaussian", "sphere"):
+    with pytest.raises(ValueError, match=f"noise='{noise}' is the same in every basis: leave basis out"):
+      make(1, noise, "dct")
+    make(1, noise, "identity")
+  with pytest.raises(ValueError, match="basis must have orthonormal columns, its Gram matrix is off by .*qr"):
+    make(basis=MATRIX)
+  with pytest.raises(ValueError, match=r"basis must be a square matrix .*got shape \(5, 2\)"):
+    make(basis=MATRIX[:, :2])
+  with pytest.raises(TypeError, match="basis must be known.*outside jit"):
+    jax.jit(lambda q: [make(basis=q), 0][1])(ROTATION)
+  with pytest.raises(TypeError, match=r"control is a factory: .*gaussian_control\(\)"):
+    make(control=jd.divergence.gaussian_control)
+  with pytest.raises(ValueError, match=r"basis is 5 x 5, but an example \(9,\) has 9 numbers"):
+    make(basis=ROTATION).draw(key, x)
+  with pytest.raises(ValueError, match=r"'dct' needs examples \[h, w\] or \[h, w, c\], got \(9,\)"):
+    make(basis="dct").draw(key, x)
+  with pytest.raises(ValueError, match=r"sketch = 10 exceeds the 9 dimensions.*divergence.exact\(\)"):
+    jd.divergence.hutchpp(10, 1).draw(key, x)
+  with pytest.raises(ValueError, match="sketch must be at least 1, got 0"):
+    jd.divergence.hutchpp(0, 1)
+
+
+def test_bad_data_of_a_control_are_refused(untyped):
+  control = jd.divergence.gaussian_control
+  with pytest.raises(TypeError, match="x must be floating point, got uint8.*dequantize"):
+    control(jnp.ones((4, 3), jnp.uint8))
+  with pytest.raises(ValueError, match="x must have at least 2 examples for a covariance, got 1"):
+    control(jnp.ones((1, 3)))
+  with pytest.raises(ValueError, match="x must be finite"):
+    control(jnp.asarray([[1.0, jnp.nan], [0.0, 1.0]]))
+  with pytest.raises(ValueError, match="basis must be one of 'pca', 'dct', got 'ica'"):
+    control(jnp.ones((4, 3)), "ica")
+  with pytest.raises(ValueError, match=r"control is of data of 5 numbers, an example \(9,\) has 9"):
+    control(jax.random.normal(jax.random.key(0), (8, 5))).correction(jnp.ones((2, 1, 9)), jnp.log)
 
 
 def test_a_residual_flow_tends_to_the_continuous_change_of_variables(x64):

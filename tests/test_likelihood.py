@@ -42,6 +42,76 @@ def test_value_is_the_exact_density_in_float32(sde, make):
   assert jnp.max(jnp.abs(result.value - exact)) / x.shape[1] < 1e-3
 
 
+@pytest.mark.parametrize("steps", ["per_example", "shared"])
+@pytest.mark.parametrize("variable", ["time", "log_snr"])
+@pytest.mark.parametrize("name", ["vp", "edm"])
+def test_64_dimensions_over_either_variable_with_either_steps(name, variable, steps, x64):
+  """Five thin modes in 64-D, tolerance 1e-6: 1e-4 nats a dimension."""
+  sde, data = SDES[name], narrow()
+  x = data.sample(jax.random.key(0), 3)
+  how = {"variable": variable, "steps": steps, "prior_log_prob": exact_prior(data, sde)}
+  fn = likelihood.log_prob(sde, None, 1e-6, 1e-6, **how)
+  result = jax.jit(lambda x: fn(jax.random.key(0), x, data.score(sde)))(x)
+  jd.raise_if_failed(result)
+  exact = data.log_prob(x, sde, start_time(sde, None, 1e-3))
+  assert jnp.max(jnp.abs(result.value - exact)) / 64 < 1e-4
+  assert (len(set(result.nfe.tolist())) == 1) or steps == "per_example"
+
+
+def narrow():
+  from oracles import Mixture
+
+  means = np.random.default_rng(0).normal(size=(5, 64))
+  return Mixture(np.full(5, 0.2), means, 0.05)
+
+
+def test_shared_steps_keep_the_tolerance_of_the_hardest_example(x64):
+  """An example amid 31 easy ones: a mean over the batch would hide its error, the largest does not."""
+  data, sde = mixture(), jd.VP()
+  easy = jnp.tile(jnp.asarray([[1.0, 1.0]]), (31, 1))
+  x = jnp.concatenate([jnp.asarray([[-0.2, -0.1]]), easy])
+  run = lambda x, **how: jax.jit(
+    lambda x: likelihood.log_prob(sde, None, 1e-5, 1e-5, **how)(jax.random.key(0), x, data.score(sde))
+  )(x)
+  exact = run(x[:1]).value[0]
+  assert abs(run(x, steps="shared").value[0] - exact) < 1e-4
+
+
+def test_maximum_likelihood_through_the_solve():
+  """Gradient steps on -log p of a Gaussian's score: the loss falls to the entropy of the Gaussian fitted to the data."""
+  sde, std = jd.VP(), 0.5
+  x = 1.5 + std * jax.random.normal(jax.random.key(0), (64, 1))
+  fn = likelihood.log_prob(sde, rtol=1e-3, atol=1e-3, steps="shared", t0=0.05)
+
+  def score(params, x, t):
+    alpha, sigma = (v[:, None] for v in sde.marginal(t))
+    variance = (alpha * jnp.exp(params["log_std"])) ** 2 + sigma**2
+    return (alpha * params["mean"] - x) / variance
+
+  def loss(params):
+    return -fn(jax.random.key(1), x, lambda x, t: score(params, x, t)).value.mean()
+
+  step = jax.jit(lambda params: (loss(params), jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))))
+  params, losses = {"log_std": jnp.zeros(()), "mean": jnp.zeros(())}, []
+  for _ in range(40):
+    value, params = step(params)
+    losses.append(float(value))
+  entropy = 0.5 * np.log(2 * np.pi * np.e * float(x.var()))
+  assert losses[0] > entropy + 1
+  np.testing.assert_allclose(losses[-1], entropy, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tolerances_below_rounding_are_warned_of(dtype, x64):
+  fn = likelihood.log_prob(jd.VP(), rtol=1e-8, atol=1e-8)
+  x = jnp.zeros((1, 2), dtype)
+  if dtype == "float64":
+    jax.eval_shape(lambda x: fn(jax.random.key(0), x, lambda x, t: -x).value, x)
+  else:
+    with pytest.warns(UserWarning, match="rtol = 1e-08 and atol = 1e-08 are below what float32 delivers, .*float64"):
+      jax.eval_shape(lambda x: fn(jax.random.key(0), x, lambda x, t: -x).value, x)
+
+
 @EACH_SDE
 def test_default_prior_gives_the_model_s_own_density(sde, x64):
   """For Gaussian data the flow is affine: log prior(flow(x)) + log|det| in closed form."""
@@ -225,7 +295,7 @@ def test_bits_and_their_error_are_those_of_the_log_density():
     lambda x, t: -x + jnp.sin(2 * x[:, ::-1]),
   )
   result = likelihood.bits_per_dim(log_prob, 4)(key, n, score)
-  first, second = jd.keys.split(jd.example_keys(key, 0, 2))
+  first, second = jd.keys.split(jd.keys.fold_in(jd.example_keys(key, 0, 2), 0))
   expected = log_prob(second, likelihood.dequantize(first, n, 4), score)
   np.testing.assert_allclose(result.value, -expected.value / (3 * np.log(2)) + 1, rtol=1e-5)
   np.testing.assert_allclose(result.standard_error, expected.standard_error / (3 * np.log(2)), rtol=1e-5)
@@ -265,8 +335,16 @@ def test_wrong_use_is_refused(untyped):
     likelihood.log_prob(jd.VP(), atol=-1.0)
 
 
-@pytest.mark.parametrize("sde", [jd.VP(), jd.VE(0.01, 5.0), jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0))])
-def test_integers_under_the_noise_of_the_process_have_their_probability(sde):
+@pytest.mark.parametrize(
+  ("sde", "make"),
+  [
+    (jd.VP(), jd.likelihood.dequantization.gaussian),
+    (jd.VP(), jd.likelihood.dequantization.truncated_normal),
+    (jd.VE(0.01, 5.0), jd.likelihood.dequantization.gaussian),
+    (jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0)), jd.likelihood.dequantization.gaussian),
+  ],
+)
+def test_integers_under_the_noise_of_the_process_have_their_probability(sde, make):
   """Three levels with the exact score of their mixture: -log2 p of each, to 0.01 bits, without variance."""
   p, centers = jnp.asarray([0.6, 0.3, 0.1]), jnp.asarray([[[-2 / 3, 0.0, 2 / 3]]])
 
@@ -280,7 +358,7 @@ def test_integers_under_the_noise_of_the_process_have_their_probability(sde):
     jnp.log(p)[None] + jax.scipy.stats.norm.logpdf(z, *(s for s in _ends(sde, centers[0]))), axis=1
   )
   log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-6, 1e-6, prior_log_prob=exact_prior)
-  bits = jd.likelihood.variational_bits_per_dim(sde, log_prob, levels=3)
+  bits = jd.likelihood.bits_per_dim(log_prob, 3, dequantization=make(sde))
   x = jnp.asarray([[0], [1], [2], [0], [3]], jnp.uint8)
   result = jax.jit(lambda key, x: bits(key, x, score))(jax.random.key(0), x)
   np.testing.assert_allclose(result.value[:4], -jnp.log2(p[jnp.asarray([0, 1, 2, 0])]), atol=0.01)

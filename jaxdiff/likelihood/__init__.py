@@ -1,9 +1,17 @@
-"""Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, and bits per dimension of integers."""
+"""Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, and bits per dimension of integers,
+and which trace estimator to take."""
 
+from jaxdiff.likelihood import dequantization as dequantization
 from jaxdiff.likelihood.bits import BitsPerDim as BitsPerDim
 from jaxdiff.likelihood.bits import bits_per_dim as bits_per_dim
-from jaxdiff.likelihood.bits import dequantize as dequantize
 from jaxdiff.likelihood.bits import nats_to_bits_per_dim as nats_to_bits_per_dim
-from jaxdiff.likelihood.bits import variational_bits_per_dim as variational_bits_per_dim
+from jaxdiff.likelihood.conditional import EachCondition as EachCondition
+from jaxdiff.likelihood.conditional import each_condition as each_condition
 from jaxdiff.likelihood.density import LogDensity as LogDensity
 from jaxdiff.likelihood.density import log_prob as log_prob
+from jaxdiff.likelihood.dequantization import Dequantization as Dequantization
+from jaxdiff.likelihood.dequantization import dequantize as dequantize
+from jaxdiff.likelihood.dequantization import dequantized as dequantized
+from jaxdiff.likelihood.pilot import Pilot as Pilot
+from jaxdiff.likelihood.pilot import candidates as candidates
+from jaxdiff.likelihood.pilot import pilot as pilot

@@ -1,78 +1,60 @@
 """Bits per dimension of integer data.
 
-An image of integers 0..L-1 has a probability, not a density: with u uniform on [0, 1)^d,
+An image of integers has a probability P(n), not a density. K draws z_k of a dequantization q have the log weights
 
-    -log2 P(n) / d  <=  E_u[ -log p(low + (high - low) (n + u) / L) ] / (d log 2) + log2(L / (high - low))
+    log w_k = log p(z_k) + log p(n | z_k) - log q(z_k | n)
 
-A model of integers that were noised without dequantization, as by `losses.vdm`, has a density at the noise of t0. With
-z = alpha v_n + sigma eps around the centre v_n of the cell,
+whose mean is a lower bound on log P(n), in expectation, as is the logarithm of the mean of the weights, which is
+tighter and tends to log P(n) as K grows:
 
-    -log P(n)  <=  E_z[ log q(z | n) - log p(z) - log p(n | z) ]
+    -log P(n)  <=  -E log 1/K sum_k w_k  <=  -E 1/K sum_k log w_k                                                    (1)
+
+The left one needs the weights themselves: noise of variance s^2 in log p(z_k) makes w_k larger by s^2 / 2 nats on
+average, and the result no bound. So it is refused for traces that are estimated by probes.
 
 References:
-  Theis et al. 2016, A Note on the Evaluation of Generative Models, Section 3.1; Ho et al. 2019, Flow++, Section 3.1,
-  for a dequantization q that is not uniform.
+  Theis et al. 2016, A Note on the Evaluation of Generative Models, Section 3.1; Burda et al. 2016, Importance Weighted
+  Autoencoders, Theorem 1 (the order in (1)).
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
 from jaxdiff import checks, keys
 from jaxdiff import status as codes
-from jaxdiff.losses import decoders
-from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
-from jaxdiff.sde import ScalarSDE, perturb
-from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, Status
+from jaxdiff.divergence import Divergence
+from jaxdiff.likelihood import dequantization as dequantizations
+from jaxdiff.likelihood.density import LogDensity
+from jaxdiff.likelihood.dequantization import Dequantization
+from jaxdiff.typing import NO_COND, Cond, Keys, ScoreFn, Status
+
+_SAME_NOISE = 1e-4
 
 
 class BitsPerDim(NamedTuple):
   """Bits per dimension of integer data.
 
   Attributes:
-    value: upper bound (in expectation over the dequantization) on -log2 P(x) / d, example by example.
+    value: upper bound (in expectation over the draws) on -log2 P(x) / d, example by example.
     standard_error: of `value`, over the probes: 0 for the exact trace, NaN for one probe.
-    nfe: network evaluations spent on each example.
-    status: how the solve went; code 3 marks integers outside 0..levels-1, whose value is NaN.
+    dequantization_error: of `value`, over the draws of the dequantization, each of which has probes of its own: so it
+      contains `standard_error`. NaN for one draw.
+    nfe: network evaluations spent on each example, over all draws.
+    status: how the solves went, over all draws; code 3 marks integers outside 0..levels-1, whose value is NaN.
   """
 
   value: Float[Array, " b"]
   standard_error: Float[Array, " b"]
+  dequantization_error: Float[Array, " b"]
   nfe: Int[Array, " b"]
   status: Status
-
-
-def dequantize(
-  key: Keys, x: Integer[Array, "b *d"], levels: int, data_range: tuple[float, float] = (-1.0, 1.0)
-) -> Float[Array, "b *d"]:
-  """Uniform dequantization: low + (high - low) (x + u) / levels, u uniform in [0, 1).
-
-  Args:
-    key: one key, or one per example.
-    x: integers 0..levels-1.
-    levels: how many values there are: 256 for 8-bit images, 17 for scikit-learn's digits.
-    data_range: (low, high), where the data go.
-
-  Returns:
-    float32 `[b, *d]`.
-
-  Raises:
-    TypeError: for data or levels that are not integers.
-    ValueError: for levels below 2.
-  """
-  checks.levels(levels, data_range)
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise TypeError(
-      f"x must be integers 0..{levels - 1}, got {x.dtype}. Bits per dimension belong to integer data: pass the raw "
-      "integers, which are dequantized here; for continuous data report likelihood.log_prob, a density in nats"
-    )
-  low, high = data_range
-  u = keys.uniform(keys.per_example(key, len(x)), x.shape)
-  return low + (high - low) / levels * (x.astype(u.dtype) + u)
 
 
 def nats_to_bits_per_dim(
@@ -85,20 +67,31 @@ def nats_to_bits_per_dim(
 
 
 def bits_per_dim(
-  log_prob: Callable[..., LogProb], levels: int, data_range: tuple[float, float] = (-1.0, 1.0)
+  log_prob: LogDensity,
+  levels: int,
+  data_range: tuple[float, float] = (-1.0, 1.0),
+  dequantization: Dequantization | None = None,
+  draws: int = 1,
+  importance: bool = False,
 ) -> Callable[..., BitsPerDim]:
-  """Bits per dimension of integer data under uniform dequantization.
+  """Bits per dimension of integer data.
 
   Args:
     log_prob: what `likelihood.log_prob` returned.
     levels: how many values an integer of the data can take.
     data_range: (low, high), where the model was trained to expect the data.
+    dequantization: where in its cell an integer goes; None for `dequantization.uniform()`. Models that were trained on
+      the integers, as by `losses.vdm`, need one that knows their noise at t0: `truncated_normal` or `gaussian`.
+    draws: how many draws of it, K in (1), one after the other.
+    importance: the bound of the mean weight, on the left in (1), rather than the mean of the bounds: exact traces only.
 
   Returns:
-    fn(key, x: integers [b, *d], score, cond={}) -> BitsPerDim; one draw of the dequantization, from example keys.
+    fn(key, x: integers [b, *d], score, cond={}) -> BitsPerDim. Draw k of an example has the example's key folded with
+    k: it is the same for any batch and any number of draws.
 
   Raises:
-    ValueError: for levels below 2.
+    ValueError: for levels below 2, draws below 1, a dequantization made for other noise than log_prob has at its t0,
+      and importance weights of estimated traces (also when called, where the trace depends on the dimension).
     TypeError: for levels that are no integer or `likelihood.log_prob` itself; when called, for data that are not
       integers.
 
@@ -109,60 +102,87 @@ def bits_per_dim(
     >>> bits(jax.random.key(0), x, lambda x, t: -x).value.shape
     (1,)
   """
-  checks.made("log_prob", log_prob)
+  checks.made("log_prob", log_prob, LogDensity)
   checks.levels(levels, data_range)
+  checks.whole("draws", draws, 1)
+  chosen = dequantizations.uniform() if dequantization is None else dequantization
+  checks.made("dequantization", chosen, Dequantization)
+  _check_noise(chosen, log_prob)
+  if importance and log_prob.divergence is not None:
+    _check_exact(log_prob.divergence)
 
   def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:
-    dequantize_key, probe_key = keys.split(keys.per_example(key, len(x)))
-    result = log_prob(probe_key, dequantize(dequantize_key, x, levels, data_range), score, cond)
-    dimension = math.prod(x.shape[1:])
-    highest = min(levels - 1, jnp.iinfo(x.dtype).max)  # x < 256 would wrap to x < 0 for uint8
-    inside = jnp.all((x >= 0) & (x <= highest), axis=range(1, x.ndim))
-    bits = nats_to_bits_per_dim(result.value, dimension, levels, data_range)
-    status = result.status._replace(code=jnp.where(inside, result.status.code, codes.NOT_IN_LEVELS))
-    error = result.standard_error / (dimension * math.log(2))
-    return BitsPerDim(jnp.where(inside, bits, jnp.nan), error, result.nfe, status)
+    dequantizations.check_integers(x, levels, data_range)
+    if importance:
+      _check_exact(log_prob.trace(x))
+    inside = _inside(x, levels)
+    example_key = keys.per_example(key, len(x))
+    known = jnp.where(inside.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+    def draw(k: Array) -> tuple[Array, Array, Array, Status]:
+      draw_key, probe_key = keys.split(keys.fold_in(example_key, k))
+      z, log_ratio = chosen.draw(draw_key, known, levels, data_range)
+      result = log_prob(probe_key, z, score, cond)
+      return result.value - log_ratio.astype(result.value.dtype), result.standard_error, result.nfe, result.status
+
+    log_weights, probe_errors, nfe, status = jax.lax.map(draw, jnp.arange(draws))
+    value, error = (_log_mean if importance else _mean)(log_weights)
+    probe_error = jnp.sqrt(jnp.sum(probe_errors**2, axis=0)) / draws
+    to_bits = 1 / (x[0].size * math.log(2))
+    code = jnp.where(inside, jnp.max(status.code, axis=0), codes.NOT_IN_LEVELS)
+    return BitsPerDim(
+      jnp.where(inside, -to_bits * value, jnp.nan),
+      to_bits * probe_error,
+      to_bits * error,
+      jnp.sum(nfe, axis=0),
+      Status(code, jnp.sum(status.accepted, axis=0), jnp.sum(status.rejected, axis=0)),
+    )
 
   return fn
 
 
-def variational_bits_per_dim(
-  sde: ScalarSDE,
-  log_prob: Callable[..., LogProb],
-  levels: int,
-  data_range: tuple[float, float] = (-1.0, 1.0),
-  t0: Scalar | None = None,
-) -> Callable[..., BitsPerDim]:
-  """Bits per dimension of integer data dequantized by the noise of the process at t0: for models trained on integers.
+def _mean(values: Float[Array, "k b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+  """The mean over k, and its standard error."""
+  count = len(values)
+  mean = jnp.mean(values, axis=0)
+  return mean, jnp.std(values, axis=0, ddof=1) / math.sqrt(count) if count > 1 else jnp.full_like(mean, jnp.nan)
 
-  Args:
-    sde: the process.
-    log_prob: what `likelihood.log_prob` returned for this process and this t0.
-    levels: how many values an integer of the data can take.
-    data_range: (low, high), where the integers go, each to the centre of its cell.
-    t0: the t0 that `log_prob` was made with, or None where it had none: with another the result is no bound.
 
-  Returns:
-    fn(key, x: integers [b, *d], score, cond={}) -> BitsPerDim; one draw of the noise, from example keys.
+def _log_mean(values: Float[Array, "k b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+  """log mean exp over k, and its standard error by the delta method: that of the mean, relative to the mean."""
+  largest = jnp.max(values, axis=0, keepdims=True)
+  mean, error = _mean(jnp.exp(values - largest))
+  return largest[0] + jnp.log(mean), error / mean
 
-  Raises:
-    ValueError: for levels below 2, a t0 outside [0, t1).
-    TypeError: when called with data that are not integers.
-  """
-  checks.levels(levels, data_range)
-  start = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
 
-  def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:
-    noise_key, probe_key = keys.split(keys.per_example(key, len(x)))
-    x0, alpha, sigma = decoders.integer_values(x, levels, data_range), *sde.marginal(start)
-    z, noise = perturb(noise_key, x0, start, sde)
-    result = log_prob(probe_key, z, score, cond)
-    log_q = decoders.gaussian_log_prob(noise, jnp.zeros_like(noise), jnp.ones_like(sigma)) - x0[0].size * jnp.log(sigma)
-    log_decoded = decoders.nearest_level_log_prob(x, z, alpha, sigma, levels, data_range)
-    to_bits = 1 / (x0[0].size * math.log(2))
-    inside = jnp.all(jnp.isfinite(x0), axis=range(1, x.ndim))
-    status = result.status._replace(code=jnp.where(inside, result.status.code, codes.NOT_IN_LEVELS))
-    bits = to_bits * (log_q - result.value - log_decoded)
-    return BitsPerDim(jnp.where(inside, bits, jnp.nan), to_bits * result.standard_error, result.nfe, status)
+def _inside(x: Integer[Array, "b *d"], levels: int) -> Array:
+  """Whether all integers of an example are 0..levels-1."""
+  highest = min(levels - 1, jnp.iinfo(x.dtype).max)  # x < 256 would wrap to x < 0 for uint8
+  return jnp.all((x >= 0) & (x <= highest), axis=range(1, x.ndim))
 
-  return fn
+
+def _check_exact(divergence: Divergence) -> None:
+  if not divergence.exact:
+    raise ValueError(
+      "importance=True needs the exact trace: the mean of exp(log p) over noisy estimates of log p is too large, by "
+      "half their variance in nats, and bounds nothing. Give likelihood.log_prob divergence=divergence.exact(), or "
+      "take importance=False, the mean over the draws"
+    )
+
+
+def _check_noise(dequantization: Dequantization, log_prob: LogDensity) -> None:
+  """Refuse states made for other noise than the log-density has at its t0; what is traced passes."""
+  if dequantization.noise is None:
+    return
+  with jax.ensure_compile_time_eval():
+    theirs = log_prob.sde.marginal(log_prob.t0)
+  values: tuple[Any, ...] = (*dequantization.noise, *theirs)
+  if any(isinstance(value, jax.core.Tracer) for value in values):
+    return
+  made, due = (np.asarray(pair, np.float64) for pair in (values[:2], values[2:]))
+  if not np.allclose(made, due, rtol=_SAME_NOISE, atol=0.0):
+    raise ValueError(
+      f"dequantization must be made with the process and the t0 of log_prob: it is for (alpha, sigma) = "
+      f"({made[0]:.6g}, {made[1]:.6g}), and log_prob has ({due[0]:.6g}, {due[1]:.6g}) at its t0 = "
+      f"{float(log_prob.t0):.6g} of {type(log_prob.sde).__name__}"
+    )

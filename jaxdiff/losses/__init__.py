@@ -3,6 +3,7 @@
 score matching     denoising, explicit, implicit, sliced          of a process, or of data as they are
 discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain` and `ddpm.Chain`
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
+-log p itself      ffjord                                         of a continuous normalizing flow, without u
 
 `averaged(loss, draws)` evaluates a loss; `weights` and `times` say where it looks; `decoders` are for integers.
 """
@@ -15,6 +16,7 @@ from jaxdiff.losses.bounds import bound as bound
 from jaxdiff.losses.ddpm import ddpm_elbo as ddpm_elbo
 from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
 from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
+from jaxdiff.losses.ffjord import ffjord as ffjord
 from jaxdiff.losses.ncsn import ncsn as ncsn
 from jaxdiff.losses.score_matching import Loss as Loss
 from jaxdiff.losses.score_matching import denoising as denoising

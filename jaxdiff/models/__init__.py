@@ -1,7 +1,9 @@
 """Score networks in flax.linen.
 
-jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships.
+jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships, and the flow `Dequantizer` of
+`likelihood.dequantization.variational`.
 """
 
+from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.models.mlp import MLP as MLP
 from jaxdiff.models.unet import UNet as UNet
