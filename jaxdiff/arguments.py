@@ -21,6 +21,7 @@ _LIKELIHOOD = {
     *("solver", "rtol", "atol", "variable", "steps"),
   )
 }
+_LIKELIHOOD["--basis"] = "likelihood.divergence.basis"
 _SWITCHES = ("--gif", "--importance")
 _STEPS = ("sampler.grid.steps", "sampler.steps")
 _TRACE = "likelihood.divergence"

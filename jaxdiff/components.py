@@ -79,6 +79,21 @@ def predictor_corrector(
   return samplers.predictor_corrector(SAMPLERS[predictor](sde, ts), corrector, denoise=denoise, path=path)
 
 
+def hutchinson(
+  probes: int = 1,
+  noise: Literal["rademacher", "gaussian", "sphere"] = "rademacher",
+  basis: Literal["identity", "dct", "pca", "auto"] = "identity",
+  control: Literal["none", "pca", "dct"] = "none",
+  seen: Float[Array, "n *d"] | None = None,
+) -> divergence.Divergence:
+  """Random probes; principal components and control variates are those of training data that the model has seen."""
+  if seen is None:
+    return divergence.hutchinson(probes, noise)
+  q: Any = divergence.pca_basis(seen) if basis == "pca" else basis
+  made = None if control == "none" else divergence.gaussian_control(seen, control)
+  return divergence.hutchinson(probes, noise, q, made)
+
+
 SOURCES: Table = {
   "digits": sources.digits,
   "toy2d": sources.toy2d,
@@ -149,4 +164,4 @@ SAMPLERS: Table = {
   "edm": samplers.edm,
   "probability_flow": samplers.probability_flow,
 }
-DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
+DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": hutchinson, "hutchpp": divergence.hutchpp}

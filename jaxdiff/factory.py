@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxdiff import likelihood, predictions, schedules, schema, sde
+from jaxdiff import divergence, likelihood, predictions, schedules, schema, sde
 from jaxdiff.data.examples import SPLITS, Source, check_choice
 from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
@@ -26,7 +26,6 @@ TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "op
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
 _FREE_TRAIN_FIELDS = ("log_every", "checkpoint_every", "keep")
 _LARGEST_SIGNAL_AT_PRIOR = 0.05
-_TRACE = {"type": "hutchinson"}
 
 
 def normalize(config: ConfigDict | Mapping[str, Any], path: str = "config") -> Config:
@@ -251,10 +250,11 @@ def in_precision(config: Config, params: Any) -> tuple[Config, Any]:
   return config | {"network": config["network"] | {"dtype": "float64"}}, jax.tree.map(wide, params)
 
 
-def likelihood_facts(config: Config) -> Config:
+def likelihood_facts(config: Config, dimension: int) -> Config:
   """The section `likelihood` with all its defaults, those of the trace estimator included."""
   section = config["likelihood"]
-  trace = section.get("divergence", _TRACE)
+  usual = {"type": "exact" if dimension <= divergence.EXACT_UP_TO else "hutchinson"}
+  trace = section.get("divergence", usual)
   resolved = {"divergence": schema.resolved("likelihood.divergence", trace)}
   return schema.resolved("likelihood", section) | resolved
 
@@ -275,16 +275,25 @@ def evaluate_settings(config: Config) -> EvaluateSettings:
   return settings
 
 
-def make_log_prob(config: Config, process: sde.ScalarSDE) -> likelihood.LogDensity:
-  """The log-density of a process; in float64 it takes x so, as what dequantizes them need not be."""
+def make_log_prob(config: Config, process: sde.ScalarSDE, seen: jax.Array | None = None) -> likelihood.LogDensity:
+  """The log-density of a process; in float64 it takes x so, as what dequantizes them need not be.
+
+  Without the training data that its trace estimator may need, `seen`, that is one without them.
+  """
   section = config["likelihood"]
   schema.check_section("likelihood", section)
-  trace = component("likelihood.divergence", section.get("divergence", _TRACE))
+  trace = _make_trace(section["divergence"], seen) if "divergence" in section else None
   fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
   made = _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
   if likelihood_settings(config).dtype == "float32":
     return made
   return dataclasses.replace(made, evaluate=lambda key, x, *rest: made.evaluate(key, x.astype(jnp.float64), *rest))
+
+
+def _make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergence:
+  (constructor,) = schema.constructors("likelihood.divergence", section)
+  takes = inspect.signature(constructor).parameters
+  return component("likelihood.divergence", section, **({"seen": seen} if "seen" in takes else {}))
 
 
 def make_sampler(config: Config, process: sde.ScalarSDE, **options: Any) -> Callable[..., Any]:

@@ -11,11 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdiff import components, factory, keys, likelihood, losses, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.schema import Config, ConfigError
+
+_SEEN = 10_000  # training examples that a trace estimator may be fitted to
+_PILOT, _PILOT_TOLERANCE = 64, 1e-3
 
 Evaluation = Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]
 
@@ -112,10 +116,52 @@ def dequantization(config: Config, source: Source) -> str | None:
   return None
 
 
-def make_log_likelihood(config: Config, params: Any, source: Source) -> Evaluation:
-  """`(params, keys [b], x) -> values [b]` of the probability flow: bits/dim of integers, else log-density in nats."""
+def seen_states(config: Config, source: Source) -> jax.Array | None:
+  """The training data as the model sees them, where the trace estimator of the likelihood depends on them."""
+  trace = config["likelihood"].get("divergence", {})
+  if trace.get("basis", "identity") in ("identity", "dct") and trace.get("control", "none") == "none":
+    return None
+  x = jnp.asarray(source.gather(np.arange(min(len(source), _SEEN)))["x"])
+  if source.levels is None:
+    return x
+  if _levels(config, source) is None:
+    return likelihood.dequantize(jax.random.key(config["seed"]), x, source.levels)
+  return losses.decoders.integer_values(x, source.levels, (-1.0, 1.0))
+
+
+def choose_trace(config: Config, params: Any, source: Source, held_out: Source) -> tuple[Config, dict[str, float]]:
+  """A config whose trace estimator has a basis where it left that to a pilot, and the pilot's spreads in bits/dim.
+
+  Without basis="auto" the config is the one given, and there are no spreads.
+  """
+  trace = config["likelihood"].get("divergence", {})
+  if trace.get("basis") != "auto":
+    return config, {}
+  seen, shown = (seen_states(config, side) for side in (source, held_out))
+  if seen is None or shown is None:
+    raise ConfigError("config.likelihood.divergence.basis = 'auto' needs data")
+  process, score = factory.make_process(config, params), factory.make_score(config)(params)
+  of = lambda divergence: likelihood.log_prob(process, divergence, _PILOT_TOLERANCE, _PILOT_TOLERANCE)
+  found = likelihood.pilot(
+    jax.random.key(config["likelihood"].get("seed", 0)), shown[:_PILOT], score, of, likelihood.candidates(seen)
+  )
+  basis, _, control = found.best.partition("+")
+  chosen = {"basis": "identity" if basis == "pixels" else basis, "control": _control(seen) if control else "none"}
+  config = config | {"likelihood": config["likelihood"] | {"divergence": trace | chosen}}
+  return config, {name: spread / math.log(2) for name, spread in found.spread.items()}
+
+
+def _control(seen: jax.Array) -> str:
+  return "pca" if math.prod(seen.shape[1:]) <= likelihood.PCA_UP_TO else "dct"
+
+
+def make_log_likelihood(config: Config, params: Any, source: Source, seen: jax.Array | None = None) -> Evaluation:
+  """`(params, keys [b], x) -> values [b]` of the probability flow: bits/dim of integers, else log-density in nats.
+
+  `seen` is what `seen_states` gives of the training data.
+  """
   process, kind = factory.make_process(config, params), dequantization(config, source)
-  log_prob, score = factory.make_log_prob(config, process), factory.make_score(config)
+  log_prob, score = factory.make_log_prob(config, process, seen), factory.make_score(config)
   evaluate: Callable[..., Any] = log_prob if kind is None else _make_bits(config, log_prob, source.levels, kind)
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
@@ -146,7 +192,7 @@ def _make_bits(config: Config, log_prob: likelihood.LogDensity, levels: Any, kin
 
 def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[str, Config]:
   """What `make_log_likelihood` computes: a sentence, and all the settings it depends on."""
-  facts, kind = factory.likelihood_facts(config), dequantization(config, source)
+  facts, kind = factory.likelihood_facts(config, math.prod(source.shape)), dequantization(config, source)
   facts |= {"t0": float(factory.make_log_prob(config, factory.make_process(config, params)).t0), "dequantization": kind}
   flow = (
     f"probability flow from t0 = {facts['t0']:.3g}, {_trace_in_words(facts['divergence'])}, {facts['solver']}, rtol "
@@ -161,8 +207,11 @@ def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[s
 
 
 def _trace_in_words(section: Config) -> str:
-  count = section.get("probes")
-  return f"{section['type']} trace" if count is None else f"{count} {section['type']} probe{'s' * (count > 1)}"
+  count, basis, control = (section.get(name) for name in ("probes", "basis", "control"))
+  words = f"{section['type']} trace" if count is None else f"{count} {section['type']} probe{'s' * (count > 1)}"
+  if basis not in (None, "identity"):
+    words += f" in the basis {basis}"
+  return words if control in (None, "none") else f"{words} with a Gaussian control variate ({control})"
 
 
 def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evaluation:

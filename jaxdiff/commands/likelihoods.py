@@ -32,6 +32,7 @@ class _Model(NamedTuple):
   step: int
   mesh: Mesh
   folder: Path
+  seen: jax.Array | None
 
 
 def likelihood(config: Config, workdir: Path) -> None:
@@ -43,8 +44,12 @@ def likelihood(config: Config, workdir: Path) -> None:
   other = _other(config, settings.split, held_out) if "other" in config else None
   console.say(f"evaluating step {step} on {settings.split}")
   with factory.precision(config):
-    model = _Model(config, *factory.in_precision(config, params), step, mesh, workdir / "likelihood")
+    config, spreads = objectives.choose_trace(config, params, source, held_out)
+    _say_pilot(config, spreads)
+    seen = objectives.seen_states(config, source)
+    model = _Model(config, *factory.in_precision(config, params), step, mesh, workdir / "likelihood", seen)
     values, report = _evaluate(model, held_out, "likelihood")
+    report |= {"pilot": spreads} if spreads else {}
     bound = _bound(model, held_out) if settings.bound_draws else {}
     others = None if other is None else _evaluate(model, other, "other")
   if console.first_process():
@@ -56,6 +61,15 @@ def likelihood(config: Config, workdir: Path) -> None:
     console.list_files(workdir, "samples.png", "denoising.png", "loss.png", "config.json")
   for checked in (values, *([] if others is None else others[:1])):
     status.check(checked["code"], checked["accepted"])
+
+
+def _say_pilot(config: Config, spreads: dict[str, float]) -> None:
+  if spreads:
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(spreads.items(), key=lambda item: item[1]))
+    trace = config["likelihood"]["divergence"]
+    console.say(
+      f"standard deviation of one probe, bits/dim: {shown}; basis {trace['basis']}, control {trace['control']}"
+    )
 
 
 def _other(config: Config, split: str, held_out: Source) -> Source:
@@ -72,7 +86,7 @@ def _other(config: Config, split: str, held_out: Source) -> Source:
 
 def _evaluate(model: _Model, source: Source, name: str) -> tuple[dict[str, np.ndarray], Config]:
   """The values of all examples, and a report that lacks their mean."""
-  config, one_batch = model.config, objectives.make_log_likelihood(model.config, model.params, source)
+  config, one_batch = model.config, objectives.make_log_likelihood(model.config, model.params, source, model.seen)
   statement, facts = objectives.likelihood_statement(config, model.params, source)
   values = _in_chunks(model, source, one_batch, name, {field: facts[field] for field in facts if field not in _FREE})
   values["code"] = np.where(densities.failed(values) & (values["code"] == 0), status.NON_FINITE, values["code"])
