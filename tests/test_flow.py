@@ -88,7 +88,9 @@ def test_probes_are_unbiased_and_know_their_error(x64):
   n, probes = 4000, 2
   x = jnp.tile(jnp.asarray(X[:1]), (n, 1))
   run = lambda divergence, x: jax.jit(
-    lambda x: jd.flow.cnf(divergence=divergence, t1=T1, solver="rk4", num_steps=8, steps="shared").log_prob(KEY, x, linear)
+    lambda x: jd.flow.cnf(divergence=divergence, t1=T1, solver="rk4", num_steps=8, steps="shared").log_prob(
+      KEY, x, linear
+    )
   )(x)
   exact, result = run(None, x[:1]).value[0], run(jd.divergence.hutchinson(probes), x)
   s = (A + A.T) / 2
