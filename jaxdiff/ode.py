@@ -1,9 +1,9 @@
 """Ordinary differential equations along time: methods, error control, and how gradients flow back through a solve.
 
-Methods are Runge-Kutta's: with error control Tsit5 (Tsitouras 2011, order 5), Dopri5 (Dormand & Prince 1980, order 5) or
-Dopri8 (Prince & Dormand 1981, order 8); with a number of equal steps these, and Euler's (order 1), Heun's (order 2) or
-the classic one of order 4. Integration is diffrax's. Nothing here depends on batch mates: a batch is vmapped, unless the
-batch is the state.
+Methods are Runge-Kutta's: with error control Tsit5 (Tsitouras 2011, order 5), Dopri5 (Dormand & Prince 1980, order 5)
+or Dopri8 (Prince & Dormand 1981, order 8); with a number of equal steps these, and Euler's (order 1), Heun's (order 2)
+or the classic one of order 4. Integration is diffrax's. Nothing here depends on batch mates: a batch is vmapped, unless
+the batch is the state.
 
 Adjoints. The checkpoint and the direct adjoint differentiate the steps taken. The continuous one solves the equation of
 the cotangent a = dL/dy backward in time, beside y itself (Pontryagin):
@@ -202,6 +202,7 @@ def _integrate(
 ) -> tuple[Any, _Counts]:
   """The states `[n, ...]` at the times asked for, by diffrax. What is to be differentiated by `adjoint` is in args."""
   options: dict[str, Any]
+  control: diffrax.AbstractStepSizeController
   if solver.num_steps is None:
     term = lambda t, y, args: field(t, y, args[0])
     smallest = _SMALLEST_STEP * abs(times.end - times.start)

@@ -171,11 +171,11 @@ def test_a_failed_solve_is_reported():
 def test_wrong_use_is_refused(untyped):
   x = jnp.ones((2, 3))
   cases = [
-    (dict(t1=0.0), "t1 must be positive, got 0.0"),
-    (dict(steps="both"), "steps must be one of"),
-    (dict(adjoint="none"), "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'none'"),
-    (dict(solver="heun"), "solver 'heun' has no error control: give it num_steps"),
-    (dict(rtol=0.0), "rtol must be positive"),
+    ({"t1": 0.0}, "t1 must be positive, got 0.0"),
+    ({"steps": "both"}, "steps must be one of"),
+    ({"adjoint": "none"}, "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'none'"),
+    ({"solver": "heun"}, "solver 'heun' has no error control: give it num_steps"),
+    ({"rtol": 0.0}, "rtol must be positive"),
   ]
   for options, message in cases:
     with pytest.raises(ValueError, match=message):

@@ -234,15 +234,15 @@ def test_failures_have_their_codes(num_steps):
 
 def test_wrong_options_are_refused(untyped):
   cases = [
-    (dict(method="rk45"), ValueError, "solver must be one of tsit5, .*, rk4, got 'rk45'"),
-    (dict(rtol=0.0), ValueError, "rtol must be positive, got 0.0"),
-    (dict(atol=-1.0), ValueError, "atol must be positive, got -1.0"),
-    (dict(atol=float("nan")), ValueError, "atol must be positive, got nan"),
-    (dict(max_steps=0), ValueError, "max_steps must be at least 1, got 0"),
-    (dict(num_steps=0), ValueError, "num_steps must be at least 1, got 0"),
-    (dict(num_steps=2.5), TypeError, "num_steps must be an integer, got 2.5"),
-    (dict(method="euler"), ValueError, "solver 'euler' has no error control: give it num_steps, or use one of tsit5"),
-    (dict(adjoint="backsolve"), ValueError, "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'back"),
+    ({"method": "rk45"}, ValueError, "solver must be one of tsit5, .*, rk4, got 'rk45'"),
+    ({"rtol": 0.0}, ValueError, "rtol must be positive, got 0.0"),
+    ({"atol": -1.0}, ValueError, "atol must be positive, got -1.0"),
+    ({"atol": float("nan")}, ValueError, "atol must be positive, got nan"),
+    ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+    ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+    ({"num_steps": 2.5}, TypeError, "num_steps must be an integer, got 2.5"),
+    ({"method": "euler"}, ValueError, "solver 'euler' has no error control: give it num_steps, or use one of tsit5"),
+    ({"adjoint": "backsolve"}, ValueError, "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'back"),
   ]
   for options, error, message in cases:
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""FFJORD against torchdiffeq's dopri5, where it is installed: the same network, weights, points and exact trace (there in closed form)."""
+"""FFJORD against torchdiffeq, where it is installed: the same network, weights, points and exact trace."""
 
 import jax
 import jax.numpy as jnp
