@@ -114,7 +114,7 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
 
 
 def score(x: Any, value: Any, name: str = "score") -> Any:
-  """What a score, or another field by name, gave for x, in the type of x; refused unless it is an array of floating point numbers like x.
+  """What a score (or another field) gave for x, in the type of x; refused unless it is an array of floats like x.
 
   Raises:
     TypeError: for anything but such an array, a pair of an output and something else for one.

@@ -169,7 +169,9 @@ def log_density(
     def solve(key: Array, x: Array, cond: dict[str, Array], norm: Callable[[Any], Array]) -> tuple[Any, Array, Status]:
       probes = trace.draw(key, x)
       slope = lambda t, y: rates(trace, _velocity(field, t, cond), y[0], probes)
-      _, *integrals = jax.tree.map(lambda rate: jnp.zeros(rate.shape, rate.dtype), jax.eval_shape(slope, course.end, (x,)))
+      _, *integrals = jax.tree.map(
+        lambda rate: jnp.zeros(rate.shape, rate.dtype), jax.eval_shape(slope, course.end, (x,))
+      )
       return ode.solve(slope, (x, *integrals), *course, options, norm=norm)
 
     key = keys.per_example(key, len(x))

@@ -1,9 +1,9 @@
 """Ordinary differential equations along time: methods, error control, and how gradients flow back through a solve.
 
-Methods are Runge-Kutta's: with error control Tsit5 (Tsitouras 2011, order 5), Dopri5 (Dormand & Prince 1980, order 5) or
-Dopri8 (Prince & Dormand 1981, order 8); with a number of equal steps these, and Euler's (order 1), Heun's (order 2) or
-the classic one of order 4. Integration is diffrax's. Nothing here depends on batch mates: a batch is vmapped, unless the
-batch is the state.
+Methods are Runge-Kutta's: with error control Tsit5 (Tsitouras 2011, order 5), Dopri5 (Dormand & Prince 1980, order 5)
+or Dopri8 (Prince & Dormand 1981, order 8); with a number of equal steps these, and Euler's (order 1), Heun's (order 2)
+or the classic one of order 4. Integration is diffrax's. Nothing here depends on batch mates: a batch is vmapped, unless
+the batch is the state.
 
 Adjoints. The checkpoint and the direct adjoint differentiate the steps taken. The continuous one solves the equation of
 the cotangent a = dL/dy backward in time, beside y itself (Pontryagin):
@@ -37,7 +37,6 @@ Adjoint = Literal["checkpoint", "continuous", "direct"]
 
 MAX_STEPS = 4096
 _SMALLEST_STEP = 1e-7  # of the whole interval: below it float32 times stand still
-_COVERED = 1e-3  # of the whole interval, by which what a backward solve covered may differ from it
 
 
 class _RK4(diffrax.AbstractERK):
@@ -140,13 +139,18 @@ def solve(
     first_step: length of the first step tried under error control, above 0; a hundredth of the interval where it is
       below float resolution.
     solver: how to solve.
-    at: times from `start` to `end` at which the state is wanted; None for `end` alone.
+    at: times from `start` to `end` at which the state is wanted, not with the continuous adjoint; None for `end`.
     norm: of a state, by which the error of a step is measured.
 
   Returns:
     (the state at `end`, or at the times `at` with a leading axis [n], NaN where the solve failed; number of evaluations
     of the field [], those of the backward solve not among them; status with fields []).
+
+  Raises:
+    ValueError: for `at` with the continuous adjoint.
   """
+  if at is not None and solver.adjoint == "continuous":
+    raise ValueError("at needs adjoint='checkpoint' or 'direct': the continuous adjoint starts from the end alone")
   with jax.ensure_compile_time_eval():
     t0, t1 = float_time(start), float_time(end)
     length = jnp.abs(t1 - t0)
@@ -198,6 +202,7 @@ def _integrate(
 ) -> tuple[Any, _Counts]:
   """The states `[n, ...]` at the times asked for, by diffrax. What is to be differentiated by `adjoint` is in args."""
   options: dict[str, Any]
+  control: diffrax.AbstractStepSizeController
   if solver.num_steps is None:
     term = lambda t, y, args: field(t, y, args[0])
     smallest = _SMALLEST_STEP * abs(times.end - times.start)
@@ -210,7 +215,6 @@ def _integrate(
 
     def term(s: Any, y: Any, args: Any) -> Any:
       inner, start, end = args
-      start, end = (jax.lax.stop_gradient(time) if solver.adjoint == "continuous" else time for time in (start, end))
       share = jnp.asarray(s / count, dtype)
       slope = field(start * (1 - share) + end * share, y, inner)
       return jax.tree.map(lambda leaf: jnp.asarray((end - start) / count, leaf.dtype) * leaf, slope)
@@ -218,17 +222,18 @@ def _integrate(
     control = diffrax.ConstantStepSize()
     options = {"t0": 0.0, "t1": float(count), "dt0": 1.0, "max_steps": count}
     at = None if times.at is None else count * (times.at - times.start) / (times.end - times.start)
-  solution = diffrax.diffeqsolve(
-    diffrax.ODETerm(term),
-    _METHODS[solver.method][0](),
-    y0=y0,
-    args=(args, times.start, times.end),
-    saveat=diffrax.SaveAt(t1=True) if at is None else diffrax.SaveAt(ts=at),
-    stepsize_controller=control,
-    adjoint=adjoint,
-    throw=False,
-    **options,
-  )
+  with jax.default_matmul_precision("highest"):
+    solution = diffrax.diffeqsolve(
+      diffrax.ODETerm(term),
+      _METHODS[solver.method][0](),
+      y0=y0,
+      args=(args, times.start, times.end),
+      saveat=diffrax.SaveAt(t1=True) if at is None else diffrax.SaveAt(ts=at),
+      stepsize_controller=control,
+      adjoint=adjoint,
+      throw=False,
+      **options,
+    )
   stats, finished = solution.stats, solution.result == diffrax.RESULTS.successful
   return solution.ys, _Counts(stats["num_steps"], stats["num_accepted_steps"], stats["num_rejected_steps"], finished)
 
@@ -236,64 +241,55 @@ def _integrate(
 def _backsolve(
   field: Callable[[Array, Any], Any], y0: Any, times: _Times, solver: Solver, norm: Callable[[Any], Array]
 ) -> tuple[Any, _Counts]:
-  """`_integrate` with the continuous adjoint, eq. (1), and the endpoint rule, eq. (2).
+  """`_integrate` with the continuous adjoint, eq. (1), and the endpoint rule, eq. (2); NaN where the way back fails.
 
   The equation of the cotangent is linear, so it is solved for a cotangent scaled to a largest entry of 1: then atol has
-  one meaning for every loss. A clock, whose rate is a parameter, runs along: the derivative of its last reading by the
-  rate is the time that the backward solve has covered, which diffrax does not tell.
+  one meaning for every loss. diffrax's own continuous adjoint checks times on the host and is silent on failures.
   """
   dtype = jnp.result_type(times.start)
-  start = jnp.asarray(times.start, dtype)
-  ends = jnp.asarray(times.end, dtype)[None] if times.at is None else times.at
+  start, end = (jnp.asarray(time, dtype) for time in (times.start, times.end))
   converted = eqx.filter_closure_convert(field, start, y0)
   captured, rest = eqx.partition(converted, lambda leaf: isinstance(leaf, jax.core.Tracer))
   slope = lambda t, y, captured: eqx.combine(captured, rest)(jnp.asarray(t, dtype), y)
-  adjoint = _adjoint_of(solver, norm)
-
-  def integrate(y0: Any, captured: Any, rate: Array, times: _Times) -> tuple[Any, _Counts]:
-    clocked = lambda t, state, args: (slope(t, state[0], args[0]), args[1])
-    state0 = y0, jnp.zeros((), dtype)
-    return _integrate(clocked, (captured, rate), state0, times, solver, lambda state: norm(state[0]), adjoint)
+  steps_alone = diffrax.RecursiveCheckpointAdjoint()
 
   @eqx.filter_custom_vjp
-  def run(inputs: Any, times: _Times) -> Any:
-    (ys, _), counts = integrate(*inputs[:2], jnp.ones((), dtype), times)
-    return ys, counts
+  def run(inputs: Any, times: _Times) -> tuple[Any, _Counts]:
+    y0, captured, *_ = inputs
+    return _integrate(slope, captured, y0, times, solver, norm, steps_alone)
 
   @run.def_fwd
   def forward(perturbed: Any, inputs: Any, times: _Times) -> Any:
-    moved, held = eqx.partition(inputs[:2], eqx.is_inexact_array)
-    flow = lambda moved, rate: integrate(*eqx.combine(moved, held), rate, times)
-    (ys, clock), pull, counts = jax.vjp(flow, moved, jnp.ones((), dtype), has_aux=True)
-    return (ys, counts), (ys, clock, pull)
+    ys, counts = run(inputs, times)
+    return (ys, counts), jax.tree.map(lambda leaf: leaf[0], ys)
 
   @run.def_bwd
-  def backward(residuals: Any, cotangents: Any, perturbed: Any, inputs: Any, times: _Times) -> Any:
-    (ys, clock, pull), (y0, captured, start, ends) = residuals, inputs
-    a = jax.tree.map(lambda y, a: jnp.zeros_like(y) if a is None else a, ys, cotangents[0])
-    size = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(a)]))
+  def backward(y1: Any, cotangents: Any, perturbed: Any, inputs: Any, times: _Times) -> Any:
+    y0, captured, start, end = inputs
+    a1 = jax.tree.map(lambda y, a: jnp.zeros_like(y) if a is None else a[0], y1, cotangents[0])
+    size = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(a1)]))
     scale = jnp.where(size > 0, size, 1.0)
-    scaled = jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), a)
-    (a0, d_captured), covered = pull((scaled, jnp.zeros_like(clock).at[-1].set(1)))
-    length = ends[-1] - start
-    factor = jnp.where(jnp.abs(covered - length) <= _COVERED * jnp.abs(length), scale, jnp.nan)
-    rescaled = lambda leaf: jnp.where(size > 0, leaf * factor.astype(leaf.dtype), 0)
-    a0, d_captured = jax.tree.map(rescaled, (a0, d_captured))
-    rate = lambda t, y, a: _dot(a, slope(t, y, captured)).astype(dtype)
-    d_start = -rate(start, y0, a0) if perturbed[2] else None
-    d_ends = jax.vmap(rate)(ends, ys, a) if perturbed[3] else None
-    return a0, d_captured, d_start, d_ends
+    moved, held = eqx.partition(captured, eqx.is_inexact_array)
 
-  return run((y0, captured, start, ends), jax.lax.stop_gradient(times))
+    def adjoint(t: Array, state: Any, moved: Any) -> Any:
+      dy, pull = jax.vjp(lambda y, moved: slope(t, y, eqx.combine(moved, held)), state[0], moved)
+      return dy, *jax.tree.map(jnp.negative, pull(state[1]))
 
+    state = y1, jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), a1), jax.tree.map(jnp.zeros_like, moved)
+    first_step = None if times.first_step is None else -times.first_step
+    back = _Times(times.end, times.start, first_step, None)
+    # The integrals over the parameters are no part of the norm: nothing on the way depends on them (Kidger et al.).
+    (_, *found), counts = _integrate(adjoint, moved, state, back, solver, lambda state: norm(state[:2]), steps_alone)
+    factor = jnp.where(counts.finished, scale, jnp.nan)
+    rescaled = lambda leaf: jnp.where(size > 0, leaf[0] * factor.astype(leaf.dtype), 0)
+    a0, d_captured = jax.tree.map(rescaled, found)
+    d_start = -_dot(a0, slope(start, y0, captured)).astype(dtype) if perturbed[2] else None
+    d_end = _dot(a1, slope(end, y1, captured)).astype(dtype) if perturbed[3] else None
+    return a0, d_captured, d_start, d_end
 
-def _adjoint_of(solver: Solver, norm: Callable[[Any], Array]) -> diffrax.BacksolveAdjoint:
-  """Parameters' cotangents are integrals along the backward solve that nothing depends on: no part of its error norm."""
-  if solver.num_steps is not None:
-    return diffrax.BacksolveAdjoint()
-  seminorm = lambda state: norm((state[0][0], state[1][0]))  # of the states and their cotangents, each with a clock
-  return diffrax.BacksolveAdjoint(stepsize_controller=diffrax.PIDController(solver.rtol, solver.atol, norm=seminorm))
+  fixed = jax.tree.map(lambda time: jax.lax.stop_gradient(time) if isinstance(time, Array) else time, times)
+  return run((y0, captured, start, end), fixed)
 
 
 def _dot(a: Any, b: Any) -> Array:
-  return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return jnp.sum(jnp.stack([jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]))

@@ -34,7 +34,7 @@ def test_regularizers_of_a_linear_field_in_closed_form(divergence, x64):
   t1, x = 0.8, jnp.asarray(X, float)
   loss = jd.losses.ffjord(divergence=divergence, t1=t1, rtol=1e-8, atol=1e-8, kinetic=0.5, jacobian=0.25)
   value, aux = jax.jit(lambda x: loss(KEY, x, linear))(x)
-  middles = (jnp.arange(400) + 0.5) / 400 * t1
+  middles = (jnp.arange(400.0) + 0.5) / 400 * t1
   a = jnp.asarray(A, float)
   speed = jax.vmap(lambda t: jnp.sum((x @ (a @ jax.scipy.linalg.expm(t * a)).T) ** 2, axis=1))(middles)
   np.testing.assert_allclose(aux["kinetic"], t1 * speed.mean(axis=0), rtol=1e-5)
@@ -77,7 +77,7 @@ def test_gradient_to_the_parameters(adjoint, x64):
 
 
 def test_training_finds_a_gaussian():
-  """Data N((1, -1), diag(0.5, 0.8)^2), an affine field: within 0.02 nats of the entropy of the same sample's fit."""
+  """Data N((1, -1), diag(0.5, 0.8)^2), an affine field: to the entropy of the sample's own fit, 1e-3 nats."""
   x = jnp.asarray(np.random.default_rng(2).normal(size=(256, 2)) * [0.5, 0.8] + [1.0, -1.0], jnp.float32)
   loss = jd.losses.ffjord(solver="rk4", num_steps=4, adjoint="continuous")
   field = lambda p, x, t: x * p["a"] + p["b"]
@@ -89,7 +89,7 @@ def test_training_finds_a_gaussian():
 
   p = jax.jit(lambda p: jax.lax.scan(step, p, None, length=150)[0])(start)
   entropy = jnp.sum(jnp.log(jnp.std(x, axis=0))) + 1.0 + jnp.log(2 * jnp.pi)
-  assert 0 <= mean(p) - entropy < 0.02
+  assert abs(mean(p) - entropy) < 1e-3
 
 
 def test_failures_are_nan():

@@ -88,7 +88,9 @@ def test_probes_are_unbiased_and_know_their_error(x64):
   n, probes = 4000, 2
   x = jnp.tile(jnp.asarray(X[:1]), (n, 1))
   run = lambda divergence, x: jax.jit(
-    lambda x: jd.flow.cnf(divergence=divergence, t1=T1, solver="rk4", num_steps=8, steps="shared").log_prob(KEY, x, linear)
+    lambda x: jd.flow.cnf(divergence=divergence, t1=T1, solver="rk4", num_steps=8, steps="shared").log_prob(
+      KEY, x, linear
+    )
   )(x)
   exact, result = run(None, x[:1]).value[0], run(jd.divergence.hutchinson(probes), x)
   s = (A + A.T) / 2
@@ -169,11 +171,11 @@ def test_a_failed_solve_is_reported():
 def test_wrong_use_is_refused(untyped):
   x = jnp.ones((2, 3))
   cases = [
-    (dict(t1=0.0), "t1 must be positive, got 0.0"),
-    (dict(steps="both"), "steps must be one of"),
-    (dict(adjoint="none"), "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'none'"),
-    (dict(solver="heun"), "solver 'heun' has no error control: give it num_steps"),
-    (dict(rtol=0.0), "rtol must be positive"),
+    ({"t1": 0.0}, "t1 must be positive, got 0.0"),
+    ({"steps": "both"}, "steps must be one of"),
+    ({"adjoint": "none"}, "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'none'"),
+    ({"solver": "heun"}, "solver 'heun' has no error control: give it num_steps"),
+    ({"rtol": 0.0}, "rtol must be positive"),
   ]
   for options, message in cases:
     with pytest.raises(ValueError, match=message):

@@ -19,7 +19,6 @@ from jaxtyping import Float
 
 from jaxdiff import divergence as divergences
 from jaxdiff import flow, ode
-from jaxdiff.losses.score_matching import Loss
 from jaxdiff.typing import NO_COND, Cond, Keys, Network, Scalar, State
 
 _CHUNK = 64
@@ -38,7 +37,7 @@ def ffjord(
   steps: flow.Steps = "shared",
   kinetic: float = 0.0,
   jacobian: float = 0.0,
-) -> Loss:
+) -> Callable[..., tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]]:
   """Negative log-likelihood of a flow and its regularizers, eq. (1); the network is the vector field.
 
   The integrals of the regularizers are part of the ODE's state and cost no further network evaluations.
