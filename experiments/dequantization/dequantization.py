@@ -91,26 +91,30 @@ def main() -> None:
   say(f"flow: {perf_counter() - start:.0f} s")
 
   solver = partial(jd.likelihood.log_prob, sde, rtol=TOLERANCE, atol=TOLERANCE)
-  dequantizations = {
-    "uniform": deq.uniform(),
-    "truncated normal": deq.truncated_normal(sde),
-    "noise of the process": deq.gaussian(sde),
-    f"variational ({steps} steps)": deq.variational(partial(module.apply, flow)),
+  at = lambda tau: sde.time_of_log_snr(jnp.asarray(2 * np.log(tau * levels)))  # half a cell is 1 / levels
+  rows = {
+    "uniform": (deq.uniform(), None),
+    f"variational ({steps} steps)": (deq.variational(partial(module.apply, flow)), None),
+    "truncated normal, tau = 59 (the default t0)": (deq.truncated_normal(sde), None),
+    "noise of the process, the same t0": (deq.gaussian(sde), None),
+    "truncated normal, tau = 3": (deq.truncated_normal(sde, at(3)), at(3)),
+    "noise of the process, the same t0 (3)": (deq.gaussian(sde, at(3)), at(3)),
+    "truncated normal, tau = 1": (deq.truncated_normal(sde, at(1)), at(1)),
+    "noise of the process, the same t0 (1)": (deq.gaussian(sde, at(1)), at(1)),
   }
   print("| dequantization | bits/dim | minus uniform | error over draws | error over probes | evaluations a draw |")
   print("| --- | --- | --- | --- | --- | --- |")
   reference = None
-  for name, dequantization in dequantizations.items():
+  for name, (dequantization, t0) in rows.items():
     start = perf_counter()
-    density = solver(jd.divergence.hutchinson(PROBES))
+    density = solver(jd.divergence.hutchinson(PROBES), t0=t0)
     bits = jd.likelihood.bits_per_dim(density, levels, dequantization=dequantization, draws=DRAWS)
     result = in_batches(bits, score, key, x)
     reference = result.value if reference is None else reference
     errors = " | ".join(f"{e.mean():.3f}" for e in (result.dequantization_error, result.standard_error))
     difference = plus_minus(result.value - reference) if name != "uniform" else ""
-    print(
-      f"| {name} | {plus_minus(result.value)} | {difference} | {errors} | {result.nfe.mean() / DRAWS:.0f} |", flush=True
-    )
+    spent = result.nfe.mean() / DRAWS
+    print(f"| {name} | {plus_minus(result.value)} | {difference} | {errors} | {spent:.0f} |", flush=True)
     say(f"{name}: {perf_counter() - start:.0f} s")
 
   # One draw at a time: all K share them.

@@ -115,6 +115,9 @@ def uniform() -> Dequantization:
 def truncated_normal(sde: ScalarSDE, t0: Scalar | None = None) -> Dequantization:
   """The noise of the process at t0, cut off at the edges of the cell: for models trained on integers. Nothing to train.
 
+  A model of uniformly dequantized data has a density that is flat in the cells, on which it loses log2(2 tau) less the
+  entropy of the truncated normal in bits a dimension: 0.01 at tau = 1, 0.56 at tau = 3, log2(tau) - 1.05 beyond.
+
   Args:
     sde: the process.
     t0: the t0 that the log-density was made with, or None where it had none.
