@@ -3,6 +3,7 @@
 All look at types and shapes only, so they cost nothing inside jit. `pytree` is for classes that check their own fields.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
@@ -32,15 +33,22 @@ def made(name: str, value: Any, kind: Any = object) -> None:
     TypeError: prediction is a factory: did you forget to call it: predictions.noise()?
   """
   module, label = (str(getattr(value, attribute, "")) for attribute in ("__module__", "__qualname__"))
-  is_class, home = isinstance(value, type), module.rpartition(".")[2]
+  is_class = isinstance(value, type)
   if is_class or (label and module.startswith("jaxdiff.") and "<" not in label):
-    what, call = ("a class", label) if is_class else ("a factory", f"{home}.{label}")
+    what, call = ("a class", label) if is_class else ("a factory", f"{_home(module, value)}.{label}")
     raise TypeError(f"{name} is {what}: did you forget to call it: {call}()?")
   lacking = [part for part in dir(kind) if not part.startswith("_") and not hasattr(value, part)]
   if lacking:
     if "drift" in lacking and hasattr(value, "sde"):
       raise TypeError(f"{name} is a discrete chain where a process is needed: pass its continuous process, chain.sde()")
     raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}")
+
+
+def _home(module: str, value: Any) -> str:
+  """Where users find what a module of jaxdiff defines: in its package, if that has it too."""
+  package = module.split(".")[1]
+  public = vars(sys.modules[f"jaxdiff.{package}"]).values()
+  return package if any(value is one for one in public) else module.rpartition(".")[2]
 
 
 def whole(name: str, value: Any, least: int, meaning: str = "") -> None:

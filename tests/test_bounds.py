@@ -196,7 +196,7 @@ def test_bad_input_is_named(untyped):
     jd.losses.bound(jd.VP(), levels=256.0)
   with pytest.raises(TypeError, match="draws must be an integer, got 2.5"):
     jd.losses.averaged(loss, 2.5)
-  with pytest.raises(TypeError, match=r"loss is a factory: did you forget to call it: bounds.bound\(\)"):
+  with pytest.raises(TypeError, match=r"loss is a factory: did you forget to call it: losses.bound\(\)"):
     jd.losses.averaged(jd.losses.bound, 4)
   with pytest.raises(TypeError, match=r"sde is a class: did you forget to call it: VP\(\)"):
     jd.losses.bound(jd.VP)
