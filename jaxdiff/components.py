@@ -149,4 +149,8 @@ SAMPLERS: Table = {
   "edm": samplers.edm,
   "probability_flow": samplers.probability_flow,
 }
-DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": divergence.hutchinson}
+DIVERGENCES: Table = {
+  "exact": divergence.exact,
+  "hutchinson": divergence.hutchinson,
+  "hutchpp": divergence.hutchpp,
+}

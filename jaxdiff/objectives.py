@@ -161,8 +161,10 @@ def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[s
 
 
 def _trace_in_words(section: Config) -> str:
-  count = section.get("probes")
-  return f"{section['type']} trace" if count is None else f"{count} {section['type']} probe{'s' * (count > 1)}"
+  if "probes" not in section:
+    return f"{section['type']} trace"
+  more = [f"{name} {value}" for name, value in section.items() if name not in ("type", "probes") and value is not None]
+  return f"{section['probes']} {section['type']} probe{'s' * (section['probes'] > 1)} ({', '.join(more)})"
 
 
 def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evaluation:

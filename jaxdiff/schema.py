@@ -128,7 +128,7 @@ SECTIONS: Mapping[str, Section] = {
     given=("sde", "prior_log_prob", "adjoint"),
     parts={"divergence": "divergence"},
   ),
-  "likelihood.divergence": Section(components.DIVERGENCES),
+  "likelihood.divergence": Section(components.DIVERGENCES, given=("control",)),
   "evaluate": Section((EvaluateSettings,)),
   "other": Section(components.SOURCES, given=("split",)),
 }
