@@ -207,11 +207,12 @@ def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[s
 
 
 def _trace_in_words(section: Config) -> str:
-  count, basis, control = (section.get(name) for name in ("probes", "basis", "control"))
-  words = f"{section['type']} trace" if count is None else f"{count} {section['type']} probe{'s' * (count > 1)}"
-  if basis not in (None, "identity"):
-    words += f" in the basis {basis}"
-  return words if control in (None, "none") else f"{words} with a Gaussian control variate ({control})"
+  if "probes" not in section:
+    return f"{section['type']} trace"
+  usual = ("type", "probes", None, "identity", "none")
+  more = [f"{name} {value}" for name, value in section.items() if name not in usual and value not in usual]
+  words = f"{section['probes']} {section['type']} probe{'s' * (section['probes'] > 1)}"
+  return f"{words} ({', '.join(more)})" if more else words
 
 
 def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evaluation:

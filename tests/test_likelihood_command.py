@@ -83,7 +83,7 @@ def test_a_report_of_integers_names_the_bound_and_separates_its_errors(integers,
   assert report["bound"].startswith(
     "bits/dim, upper bound on -log2 P(x) / d, dequantization: uniform; probability flow"
   )
-  assert "3 hutchinson probes, tsit5, rtol 0.0001" in report["bound"]
+  assert "3 hutchinson probes (noise rademacher), tsit5, rtol 0.0001" in report["bound"]
   assert report["settings"]["dequantization"] == "uniform"
   assert 0 < report["settings"]["t0"] < 1e-3
   errors = report["errors"]
@@ -94,6 +94,22 @@ def test_a_report_of_integers_names_the_bound_and_separates_its_errors(integers,
   assert errors["standard_error_over_examples"] == report["results"]["model"]["standard_error"] > 0
   assert np.asarray(Image.open(integers / "likelihood.png")).std() > 5
   assert report["bound"] in capsys.readouterr().out
+
+
+def test_importance_weights_tighten_the_bound_of_the_same_draws(integers):
+  """By Jensen's inequality, example by example; and the draws have an error of their own."""
+  flags = ["--limit=8", "--dequantization=truncated_normal", "--draws=3", "--probes=exact"]
+  run(integers, *flags)
+  averaged = result(integers)
+  run(integers, *flags, "--importance")
+  weighted = result(integers)
+  assert np.all(weighted[1]["value"] < averaged[1]["value"])
+  assert np.all(averaged[1]["value"] < averaged[1]["dequantization_error"] * 6 + weighted[1]["value"])
+  assert averaged[0]["errors"]["rms_standard_error_over_dequantization"] > 0
+  assert averaged[0]["errors"]["rms_standard_error_over_probes"] == 0
+  assert "truncated normal, 3 draws averaged; probability flow" in averaged[0]["bound"]
+  assert "truncated normal, 3 draws importance-weighted; probability flow" in weighted[0]["bound"]
+  assert "exact trace" in weighted[0]["bound"]
 
 
 def test_stopped_and_started_again_it_ends_at_the_same_bits(continuous, tmp_path, capsys, monkeypatch):
@@ -343,12 +359,16 @@ def test_a_checkpoint_of_another_architecture_is_named(continuous, tmp_path, cap
   assert "checkpoint 3 holds another model" in error
 
 
-def test_a_warning_is_one_line_and_said_once(capsys, monkeypatch):
+def test_tolerances_below_float32_are_warned_of_in_one_line_said_once(continuous, capsys, monkeypatch):
   monkeypatch.setattr(warnings, "showwarning", None)
   cli._warn_plainly()
-  for _ in range(2):
-    warnings.showwarning("rtol is too small; take 1e-6", UserWarning, "file.py", 3)
-  assert capsys.readouterr().err == "jaxdiff: warning: rtol is too small; take 1e-6\n"
+  warnings.warn("again", stacklevel=1)
+  warnings.warn("again", stacklevel=1)
+  assert capsys.readouterr().err == "jaxdiff: warning: again\n"
+  error = fails(1, capsys, f"--workdir={continuous}", "--rtol=1e-10", "--atol=1e-9", "--config.likelihood.max_steps=2")
+  (line,) = [line for line in error.splitlines() if "warning" in line]
+  assert line.startswith("jaxdiff: warning: rtol = 1e-10 and atol = 1e-09 are below what float32 delivers")
+  assert "--dtype=float64" in line
 
 
 def evaluated(folder, name, value, **changes):
@@ -358,7 +378,7 @@ def evaluated(folder, name, value, **changes):
   values |= {"standard_error": 0 * value, "dequantization_error": 0 * value}
   values |= {key: np.asarray(changes.pop(key)) for key in ("index", "code") if key in changes}
   settings = {"seed": 0, "dtype": "float32", "dequantization": "uniform", "draws": 1, "importance": False}
-  settings["divergence"] = {"type": "hutchinson", "probes": 4}
+  settings["divergence"] = {"type": "hutchinson", "probes": 4, "noise": "rademacher"}
   report = {"unit": "bits/dim", "bound": "text", "data": {"name": "digits", "content": "abc"}, "split": "test"}
   report |= {key: changes.pop(key) for key in ("unit", "data", "split") if key in changes}
   report |= {"examples": len(value), "settings": settings | changes}
@@ -385,6 +405,8 @@ def test_runs_are_compared_on_paired_examples(tmp_path, capsys):
   assert "dequantization: not the same\nprobes: not the same" in out
   cli.main(["likelihood", "--compare", ",".join(map(str, folders[:2]))])
   assert "dequantization: the same\nprobes: the same" in capsys.readouterr().out
+  wide = evaluated(tmp_path, "wide", a, dtype="float64")
+  assert comparison.shared([comparison.read(folders[0]), comparison.read(wide)])["probes"] is True
   exact = [evaluated(tmp_path, name, a, divergence={"type": "exact"}) for name in ("e", "f")]
   assert comparison.shared([comparison.read(folder) for folder in exact]) == {"dequantization": True, "probes": None}
 

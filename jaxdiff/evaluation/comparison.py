@@ -96,17 +96,16 @@ def _measure(run: Evaluated) -> str:
 def shared(evaluated: Sequence[Evaluated]) -> dict[str, bool | None]:
   """Whether the runs had the same random numbers for dequantization and for probes; None where none has any.
 
-  Both come from the seed and the number of the example. Probes also depend on the estimator and, as they are drawn in
-  the type of the computation, on this.
+  Both come from the seed and the number of the example. Probes also depend on the estimator and, but for Rademacher's,
+  on the type of the computation.
   """
   settings = [run.report["settings"] for run in evaluated]
   alike = lambda *names: all([s[name] for name in names] == [settings[0][name] for name in names] for s in settings)
   exact = all(s["divergence"]["type"] == "exact" for s in settings)
   dequantized = None if settings[0]["dequantization"] is None else alike("seed", "dequantization", "draws")
-  return {
-    "dequantization": dequantized,
-    "probes": None if exact else alike("seed", "divergence", "dtype", "dequantization", "draws"),
-  }
+  drawn = [] if all(s["divergence"].get("noise") == "rademacher" for s in settings) else ["dtype"]
+  probes = None if exact else alike("seed", "divergence", "dequantization", "draws", *drawn)
+  return {"dequantization": dequantized, "probes": probes}
 
 
 def table(evaluated: Sequence[Evaluated]) -> str:
