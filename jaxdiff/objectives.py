@@ -46,6 +46,9 @@ def make_loss(config: Config, source: Source | None = None, params: Any = None) 
   if getattr(factory.make_network(config), "parts", 1) != parts:
     raise ConfigError(f"config.network.parts must be {parts} for config.loss.type = {kind!r}: set it, with a UNet")
   given: dict[str, Any] = {"prediction": factory.make_prediction(config), "levels": _levels(config, source)}
+  if "divergence" in _takes(config):
+    given["divergence"] = factory.component("loss.divergence", section.get("divergence", {"type": "hutchinson"}))
+    given["t1"] = factory.make_process(config).t1
   if "gamma" in _takes(config):
     given["gamma"] = factory.make_process(config, params).gamma
   elif "chain" in _takes(config):
