@@ -4,16 +4,19 @@ The signature of a constructor is the schema of its section. Where those of the 
 and words, the functions here stand in for them.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff import ddpm, divergence, losses, ncsn, predictions, samplers, schedules, sde
+from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
 from jaxdiff.models import MLP, UNet
+from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
 Table = Mapping[str, Constructor]
@@ -41,6 +44,33 @@ def variance_preserving(
   """The process of a -log-SNR between two ends; what of it is learned is so by the loss `vdm`."""
   between = {"interior": schedules.monotone_network(width)} if interior == "learned" else {}
   return sde.VariancePreserving(schedules.Gamma(gamma_min, gamma_max, **between))
+
+
+@dataclasses.dataclass(frozen=True)
+class CNF:
+  """A continuous normalizing flow in the place of a process: data at t = 0, N(0, I) at t1, the network between them."""
+
+  t1: float = 1.0
+
+  def __post_init__(self):
+    if not self.t1 > 0:
+      raise ValueError(f"CNF needs 0 < t1, got {self.t1}")
+
+  def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State:
+    """Samples of the base, `shape = (b, *d)`."""
+    return flow.standard_normal().sample(key, shape)
+
+
+def vector_field() -> Callable[..., Callable[..., Array]]:
+  """The network is the vector field of a flow: from `(apply, params)` to `field(x, t)`, a pytree."""
+  return jax.tree_util.Partial
+
+
+def cnf(
+  sde: CNF, rtol: float = 1e-5, atol: float = 1e-5, solver: ode.Method = "tsit5", max_steps: int = ode.MAX_STEPS
+) -> Callable[..., Sample]:
+  """A flow from its base to the data."""
+  return flow.cnf(t1=sde.t1, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps).inverse
 
 
 def ancestral(
@@ -110,6 +140,7 @@ PROCESSES: Table = {
   "VariancePreserving": variance_preserving,
   "DDPM": ddpm_chain,
   "NCSN": ncsn_chain,
+  "CNF": CNF,
 }
 PREDICTIONS: Table = {
   "noise": predictions.noise,
@@ -117,6 +148,7 @@ PREDICTIONS: Table = {
   "velocity": predictions.velocity,
   "score": predictions.score,
   "edm": predictions.edm,
+  "vector_field": vector_field,
 }
 LOSSES: Table = {
   "denoising": losses.denoising,
@@ -128,6 +160,7 @@ LOSSES: Table = {
   "ddpm_simple": losses.ddpm_simple,
   "ddpm_hybrid": losses.ddpm_hybrid,
   "ddpm_elbo": losses.ddpm_elbo,
+  "ffjord": losses.ffjord,
 }
 PROCESS_OF_LOSS: Mapping[str, str] = {
   "vdm": "VariancePreserving",
@@ -136,6 +169,7 @@ PROCESS_OF_LOSS: Mapping[str, str] = {
   "ddpm_hybrid": "DDPM",
   "ddpm_elbo": "DDPM",
 }
+WITH_CNF: Mapping[str, str] = {"prediction": "vector_field", "loss": "ffjord", "sampler": "cnf"}
 WEIGHTS: Table = {
   "noise": losses.weights.noise,
   "likelihood": losses.weights.likelihood,
@@ -163,5 +197,6 @@ SAMPLERS: Table = {
   "unipc": samplers.unipc,
   "edm": samplers.edm,
   "probability_flow": samplers.probability_flow,
+  "cnf": cnf,
 }
 DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": hutchinson, "hutchpp": divergence.hutchpp}

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxdiff import divergence, likelihood, predictions, schedules, schema, sde
+from jaxdiff import components, divergence, likelihood, predictions, schedules, schema, sde
 from jaxdiff.data.examples import SPLITS, Source, check_choice
 from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
@@ -100,8 +100,26 @@ def make_source(config: Config, split: str, section: str = "data") -> Source:
 
 
 def make_forward(config: Config) -> Any:
-  """What the section `sde` names: a process, or a discrete chain."""
+  """What the section `sde` names: a process, a discrete chain, or a normalizing flow."""
   return component("sde", config["sde"])
+
+
+def is_flow(config: Config) -> bool:
+  """Whether the run is of a normalizing flow: its network is a vector field, and there are no scores and no noise."""
+  return config["sde"]["type"] == "CNF"
+
+
+def _check_flow(config: Config) -> None:
+  """Refuse a flow with the parts of a process, and a process with those of a flow."""
+  process = config["sde"]["type"]
+  for path, due in components.WITH_CNF.items():
+    kind = config[path]["type"]
+    if is_flow(config) and kind != due:
+      raise ConfigError(f"config.{path}.type must be {due!r} for config.sde.type = 'CNF', got {kind!r}")
+    if not is_flow(config) and kind == due:
+      raise ConfigError(f"config.{path}.type = {kind!r} needs config.sde.type = 'CNF', got {process!r}")
+  if is_flow(config) and sample_settings(config).threshold != "none":
+    raise ConfigError("config.sample.threshold must be 'none' for config.sde.type = 'CNF', which predicts no data")
 
 
 def learned(config: Config) -> Any:
@@ -114,11 +132,13 @@ def learned(config: Config) -> Any:
 
 
 def make_process(config: Config, params: Any = None) -> Any:
-  """The forward process, with what the parameters hold of it; without them as it starts.
+  """The forward process, with what the parameters hold of it; without them as it starts. Of a flow the flow itself.
 
   Its log-SNR must be finite and fall with time, its noise positive and its prior reached.
   """
   made = make_forward(config)
+  if is_flow(config):
+    return made
   process = made.sde() if hasattr(made, "sde") else made
   if params is None or learned(config) is None:
     _check_process(process)
@@ -147,7 +167,7 @@ def _check_process(process: sde.ScalarSDE) -> None:
     )
 
 
-def make_prediction(config: Config) -> predictions.Prediction:
+def make_prediction(config: Config) -> Any:
   """What the network outputs."""
   return component("prediction", config["prediction"])
 
@@ -221,10 +241,15 @@ def _settings_fields(section: Mapping[str, Any]) -> set[str]:
 
 
 def likelihood_settings(config: Config) -> LikelihoodSettings:
-  """What the section `likelihood` says of the data; the rest of it are the options of the log-density."""
+  """What the section `likelihood` says of the data; the rest of it are the options of the log-density.
+
+  Flows have no variational bound.
+  """
   section = config["likelihood"]
   schema.check_section("likelihood", section)
   settings = LikelihoodSettings(**{name: section[name] for name in _settings_fields(section)})
+  if is_flow(config):
+    settings = dataclasses.replace(settings, bound_draws=0)
   _at_least("likelihood", settings, 1, "batch_size", "draws")
   _at_least("likelihood", settings, 0, "bound_draws")
   _check_seed("likelihood.seed", settings.seed)
@@ -275,8 +300,8 @@ def evaluate_settings(config: Config) -> EvaluateSettings:
   return settings
 
 
-def make_log_prob(config: Config, process: sde.ScalarSDE, seen: jax.Array | None = None) -> likelihood.LogDensity:
-  """The log-density of a process; in float64 it takes x so, as what dequantizes them need not be.
+def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -> likelihood.LogDensity:
+  """The log-density of a process or a flow; in float64 it takes x so, as what dequantizes them need not be.
 
   Without the training data that its trace estimator may need, `seen`, that is one without them.
   """
@@ -284,7 +309,12 @@ def make_log_prob(config: Config, process: sde.ScalarSDE, seen: jax.Array | None
   schema.check_section("likelihood", section)
   trace = _make_trace(section["divergence"], seen) if "divergence" in section else None
   fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
-  made = _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
+  if is_flow(config):
+    if foreign := sorted(fields.keys() - inspect.signature(likelihood.flow_log_prob).parameters.keys()):
+      raise ConfigError(f"config.likelihood.{foreign[0]} is of processes with noise; leave it out for a CNF")
+    made = _construct(likelihood.flow_log_prob, fields, "likelihood", t1=process.t1, divergence=trace)
+  else:
+    made = _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
   if likelihood_settings(config).dtype == "float32":
     return made
   return dataclasses.replace(made, evaluate=lambda key, x, *rest: made.evaluate(key, x.astype(jnp.float64), *rest))
@@ -296,7 +326,7 @@ def _make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergenc
   return component("likelihood.divergence", section, **({"seen": seen} if "seen" in takes else {}))
 
 
-def make_sampler(config: Config, process: sde.ScalarSDE, **options: Any) -> Callable[..., Any]:
+def make_sampler(config: Config, process: Any, **options: Any) -> Callable[..., Any]:
   """The sampler, on its time grid if it has one; `options` are arguments that the config does not have."""
   section = config["sampler"]
   (constructor,) = schema.constructors("sampler", section)
@@ -331,8 +361,10 @@ def make_apply(config: Config) -> Callable[..., jax.Array]:
 
 
 def make_score(config: Config) -> Callable[[Any], Any]:
-  """From the parameters of the run to the score that the network is with them."""
+  """From the parameters of the run to the score that the network is with them, or to the vector field of a flow."""
   module, prediction = make_network(config), make_prediction(config)
+  if is_flow(config):
+    return lambda params: prediction(module.apply, params)
   learned_variance = getattr(module, "parts", 1) == 2
   apply: Callable[..., Any] = module.apply if learned_variance else make_apply(config)
   fixed = make_process(config)
@@ -347,6 +379,7 @@ def make_score(config: Config) -> Callable[[Any], Any]:
 def check_components(config: Config) -> None:
   """Build everything that needs no data and no loss."""
   _check_seed("seed", config["seed"])
+  _check_flow(config)
   process = make_process(config)
   settings = (train_settings, sample_settings, likelihood_settings, evaluate_settings)
   for build in (make_network, make_optimizer_of, *settings):

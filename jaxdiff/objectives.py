@@ -50,6 +50,9 @@ def make_loss(config: Config, source: Source | None = None, params: Any = None) 
   if getattr(factory.make_network(config), "parts", 1) != parts:
     raise ConfigError(f"config.network.parts must be {parts} for config.loss.type = {kind!r}: set it, with a UNet")
   given: dict[str, Any] = {"prediction": factory.make_prediction(config), "levels": _levels(config, source)}
+  if "divergence" in _takes(config):
+    given["divergence"] = factory.component("loss.divergence", section.get("divergence", {"type": "hutchinson"}))
+    given["t1"] = factory.make_process(config).t1
   if "gamma" in _takes(config):
     given["gamma"] = factory.make_process(config, params).gamma
   elif "chain" in _takes(config):
@@ -180,6 +183,8 @@ def _make_bits(config: Config, log_prob: likelihood.LogDensity, levels: Any, kin
   try:
     if kind == "uniform":
       dequantize = makers.uniform()
+    elif log_prob.sde is None:
+      raise ValueError(f"dequantization = {kind!r} is the noise of a process, and a flow has none: take 'uniform'")
     else:
       maker = {"truncated_normal": makers.truncated_normal, "gaussian": makers.gaussian}[kind]
       dequantize = maker(log_prob.sde, config["likelihood"].get("t0"))

@@ -19,8 +19,8 @@ from jaxdiff.training import make_optimizer
 
 Config = dict[str, Any]
 
-_FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t")
-_FROM_PYTHON = ("decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step")
+_FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t", "t1")
+_FROM_PYTHON = ("base", "decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,14 @@ SECTIONS: Mapping[str, Section] = {
   "data": Section(components.SOURCES, given=("split",)),
   "sde": Section(components.PROCESSES),
   "prediction": Section(components.PREDICTIONS),
-  "loss": Section(components.LOSSES, given=(*_FROM_PROGRAM, *_FROM_PYTHON), parts={"weight": "weight", "time": "time"}),
+  "loss": Section(
+    components.LOSSES,
+    given=(*_FROM_PROGRAM, *_FROM_PYTHON),
+    parts={"weight": "weight", "time": "time", "divergence": "divergence"},
+  ),
   "loss.weight": Section(components.WEIGHTS),
   "loss.time": Section(components.TIMES),
+  "loss.divergence": Section(components.DIVERGENCES),
   "network": Section(components.NETWORKS, given=("parent", "name")),
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),

@@ -78,7 +78,7 @@ def test_shared_steps_keep_the_tolerance_of_the_hardest_example(x64):
 
 
 def test_maximum_likelihood_through_the_solve():
-  """Gradient steps on -log p of a Gaussian's score: the loss falls to the entropy of the Gaussian fitted to the data."""
+  """Gradient steps on -log p of a Gaussian's score: the loss falls to the entropy of the Gaussian of the data."""
   sde, std = jd.VP(), 0.5
   x = 1.5 + std * jax.random.normal(jax.random.key(0), (64, 1))
   fn = likelihood.log_prob(sde, rtol=1e-3, atol=1e-3, steps="shared", t0=0.05)

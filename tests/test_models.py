@@ -23,6 +23,7 @@ NETS = {
     (4, 8, 3),
   ),
   "mlp": (MLP(width=16, depth=2), (3,)),
+  "mlp of images": (MLP(width=16, depth=2), (2, 3, 1)),
 }
 
 
@@ -157,7 +158,7 @@ def test_digits_network_has_the_stated_size():
     (UNet(channels=8), (8, 8, 1), (8,), "x has shape"),
     (UNet(channels=8), (2, 8, 8, 1), (), "t has shape"),
     (UNet(channels=8), (2, 8, 8, 1), (3,), "t has shape"),
-    (MLP(width=8), (2, 3, 1), (2,), "x has shape"),
+    (MLP(width=8), (2,), (2,), "x has shape"),
     (MLP(width=8), (2, 3), (2, 1), "t has shape"),
     (MLP(width=8), (2, 3), (5,), "pass one time per example"),
   ],

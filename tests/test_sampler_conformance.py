@@ -15,11 +15,12 @@ KEY = jax.random.key(0)
 FIELDS = {
   "adaptive_sde": {"rtol": 0.1, "atol": 0.1},
   "probability_flow": {"rtol": 1e-2, "atol": 1e-2},
+  "cnf": {"rtol": 1e-2, "atol": 1e-2},
   "predictor_corrector": {"denoise": False},
   "annealed_langevin": {"steps": 2, "step_size": 0.01, "denoise": False},
 }
 KINDS = list(components.SAMPLERS)
-ADAPTIVE = ("adaptive_sde", "probability_flow")
+ADAPTIVE = ("adaptive_sde", "probability_flow", "cnf")
 EACH = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -27,7 +28,7 @@ def config(kind, steps=4):
   section = {"type": kind, **FIELDS.get(kind, {})}
   if "grid" in schema.subsections("sampler", section):
     section["grid"] = {"steps": steps}
-  process = {"type": "NCSN", "levels": 4} if kind == "annealed_langevin" else {"type": "VP"}
+  process = {"annealed_langevin": {"type": "NCSN", "levels": 4}, "cnf": {"type": "CNF"}}.get(kind, {"type": "VP"})
   return {"sde": process, "sampler": section}
 
 

@@ -4,7 +4,7 @@ Sample k and the likelihood of example k depend on their own key only: batch siz
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,10 +14,16 @@ from tqdm import tqdm
 
 from jaxdiff import keys, parallel
 from jaxdiff.data.examples import Source
-from jaxdiff.sde import ScalarSDE
-from jaxdiff.typing import Params, ScoreFn
+from jaxdiff.typing import Keys, Params, ScoreFn, State
 
 _SAMPLING, _LIKELIHOOD = 2, 3  # streams of a seed; training takes 1
+
+
+@runtime_checkable
+class Prior(Protocol):
+  """What has a prior, as every process does."""
+
+  def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State: ...
 
 
 def _sampling_key(seed: int) -> jax.Array:
@@ -27,7 +33,7 @@ def _sampling_key(seed: int) -> jax.Array:
 def drawer(
   score: Callable[[Params], ScoreFn],
   params: Params,
-  sde: ScalarSDE,
+  sde: Prior,
   sampler: Callable[..., Any],
   shape: tuple[int, ...],
   batch_size: int,
@@ -52,7 +58,7 @@ def drawer(
 def draw(
   score: Callable[[Params], ScoreFn],
   params: Params,
-  sde: ScalarSDE,
+  sde: Prior,
   sampler: Callable[..., Any],
   shape: tuple[int, ...],
   num: int,
@@ -63,9 +69,9 @@ def draw(
   """Draw `num` samples.
 
   Args:
-    score: makes the score of parameters.
+    score: makes the score, or the vector field, of parameters.
     params: the parameters.
-    sde: the process.
+    sde: the process, or what else has a prior.
     sampler: from `jaxdiff.samplers`, without path.
     shape: of one example.
     num: how many samples.
@@ -86,7 +92,7 @@ def draw(
 
 
 def trajectories(
-  score: ScoreFn, sde: ScalarSDE, sampler: Callable[..., Any], shape: tuple[int, ...], num: int, seed: int
+  score: ScoreFn, sde: Prior, sampler: Callable[..., Any], shape: tuple[int, ...], num: int, seed: int
 ) -> np.ndarray:
   """The paths `[n, num, *shape]` of the first `num` samples of `draw`, by the same sampler with its path."""
 

@@ -12,6 +12,7 @@ from jaxdiff.likelihood.density import log_prob as log_prob
 from jaxdiff.likelihood.dequantization import Dequantization as Dequantization
 from jaxdiff.likelihood.dequantization import dequantize as dequantize
 from jaxdiff.likelihood.dequantization import dequantized as dequantized
+from jaxdiff.likelihood.flows import flow_log_prob as flow_log_prob
 from jaxdiff.likelihood.pilot import PCA_UP_TO as PCA_UP_TO
 from jaxdiff.likelihood.pilot import Pilot as Pilot
 from jaxdiff.likelihood.pilot import candidates as candidates

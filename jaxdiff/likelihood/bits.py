@@ -77,7 +77,7 @@ def bits_per_dim(
   """Bits per dimension of integer data.
 
   Args:
-    log_prob: what `likelihood.log_prob` returned.
+    log_prob: what `likelihood.log_prob` or `likelihood.flow_log_prob` returned.
     levels: how many values an integer of the data can take.
     data_range: (low, high), where the model was trained to expect the data.
     dequantization: where in its cell an integer goes; None for `dequantization.uniform()`. Models that were trained on
@@ -174,6 +174,11 @@ def _check_noise(dequantization: Dequantization, log_prob: LogDensity) -> None:
   """Refuse states made for other noise than the log-density has at its t0; what is traced passes."""
   if dequantization.noise is None:
     return
+  if log_prob.sde is None:
+    raise ValueError(
+      "dequantization knows the noise of a process, and a normalizing flow has none: its data stand at t = 0. Take "
+      "dequantization.uniform() or variational(flow)"
+    )
   with jax.ensure_compile_time_eval():
     theirs = log_prob.sde.marginal(log_prob.t0)
   values: tuple[Any, ...] = (*dequantization.noise, *theirs)

@@ -35,16 +35,17 @@ _ROUNDING = 8  # units in the last place
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogDensity:
-  """The log-density of a model: `fn(key, x0: [b, *d], score, cond={}) -> LogProb`, made by `log_prob`.
+  """The log-density of a model: `fn(key, x0: [b, *d], score, cond={}) -> LogProb`, made by `log_prob`
+  or `flow_log_prob`.
 
   Attributes:
-    sde: the process.
+    sde: the process; None for a normalizing flow.
     t0: the time at which the data stand.
     divergence: the trace estimator, or None for `divergence.default`.
     evaluate: the function itself.
   """
 
-  sde: ScalarSDE
+  sde: ScalarSDE | None
   t0: Array
   divergence: divergences.Divergence | None
   evaluate: Callable[..., LogProb]

@@ -57,7 +57,7 @@ def ffjord(
     jacobian: l_J, the weight of the Jacobian's squared Frobenius norm.
 
   Returns:
-    loss(key, x0, network, cond={}) -> (loss [b] in nats, aux). aux: "nats", -log p(x0); "nfe"; and the integrals
+    loss(key, x0, network, cond={}, u=None) -> (loss [b] in nats, aux); u is not used, there is no time to draw. aux: "nats", -log p(x0); "nfe"; and the integrals
     "kinetic" and "jacobian", without their weights, where these are positive. A failed solve is NaN.
 
   Raises:
@@ -80,7 +80,7 @@ def ffjord(
   density = flow.log_density(options, base, divergence, t1, steps, _rates(kinetic > 0, jacobian > 0))
 
   def loss(
-    key: Keys, x0: State, network: Network, cond: Cond = NO_COND
+    key: Keys, x0: State, network: Network, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     result, integrals = density(key, x0, network, cond)
     nats = -result.value

@@ -1,4 +1,6 @@
-"""Residual multilayer perceptron for vectors: (x: [b, d], t: [b]) -> [b, d]."""
+"""Residual multilayer perceptron: (x: [b, *d], t: [b]) -> [b, *d]; what is no vector is read as one."""
+
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -33,25 +35,26 @@ class MLP(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b d"], t: Float[Array, " b"]) -> Float[Array, "b d"]:
+  def __call__(self, x: Float[Array, "b *d"], t: Float[Array, " b"]) -> Float[Array, "b *d"]:
     """Applies the network.
 
     Args:
-      x: vectors.
+      x: vectors, or images, whose neighbourhoods are then not seen.
       t: times.
 
     Returns:
       An array like `x`, in its dtype.
 
     Raises:
-      ValueError: if x is not [b, d] or t not [b].
+      ValueError: if x is not [b, *d], with one axis or more beside b, or t not [b].
       TypeError: if x is not of floats.
     """
-    check_input(x, t, rank=2, layout="vectors [b, d]")
+    check_input(x, t, rank=max(2, x.ndim), layout="vectors [b, d] or images [b, h, w, c]")
     embedding = nn.silu(TimeEmbedding(self.width, self.max_frequency, dtype=self.dtype)(t))
-    h = nn.Dense(self.width, dtype=self.dtype)(x.astype(self.dtype))
+    h = nn.Dense(self.width, dtype=self.dtype)(x.reshape(len(x), -1).astype(self.dtype))
     for _ in range(self.depth):
       y = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
       y = nn.silu(y + nn.Dense(self.width, dtype=self.dtype, use_bias=False)(embedding))
       h = h + nn.Dense(self.width, dtype=self.dtype)(y)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=ZERO, name="output")(nn.silu(h)).astype(x.dtype)
+    output = nn.Dense(math.prod(x.shape[1:]), dtype=self.dtype, kernel_init=ZERO, name="output")(nn.silu(h))
+    return output.reshape(x.shape).astype(x.dtype)
