@@ -151,7 +151,7 @@ def test_a_process_computes_its_share_and_waits_for_the_others(tmp_path, monkeyp
 
   def other(seconds):
     with monkeypatch.context() as patch:
-      patch.setattr(chunks.time, "sleep", lambda seconds: None)
+      patch.setattr(chunks.time, "sleep", lambda seconds: pytest.fail("both wait for each other"))
       if not theirs:
         once(compute(theirs), (0, 2))
 
@@ -251,6 +251,14 @@ def test_other_data_are_set_beside_the_held_out_ones(integers, capsys):
   assert other[0]["against"]["name"] == ours[0]["data"]["name"] == "npz/x.npz"
   assert f"AUROC {area:.4f}" in capsys.readouterr().out
   assert np.asarray(Image.open(integers / "likelihood_other.png")).std() > 5
+
+
+def test_of_log_densities_the_lower_is_the_less_likely(continuous):
+  run(continuous, "--other.type=toy2d", "--other.size=100", "--other.noise=3.0")
+  ours, other = result(continuous)[1], result(continuous, "likelihood_other")
+  area = np.mean(other[1]["value"][:, None] < ours["value"])
+  assert other[0]["auroc"] == pytest.approx(area, abs=1e-6)
+  assert abs(area - 0.5) > 0.01, "the sign could not be told"
 
 
 def test_other_data_of_another_shape_or_levels_are_refused(integers, tmp_path, capsys):
