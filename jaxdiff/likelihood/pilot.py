@@ -6,7 +6,7 @@ near the model is to a Gaussian.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -58,13 +58,17 @@ def candidates(x: State, probes: int = 2) -> dict[str, Divergence]:
     ['pixels', 'pixels+control', 'dct', 'dct+control', 'pca']
   """
   small = math.prod(x.shape[1:]) <= PCA_UP_TO
-  cosines = ["dct", "color_dct"][: 1 + (x.shape[3:] == (3,))] if x.ndim in (3, 4) else []
+  cosines: list[Literal["dct", "color_dct"]] = ["dct"] if x.ndim in (3, 4) else []
+  if x.shape[3:] == (3,):
+    cosines.append("color_dct")
   control = divergences.gaussian_control(x, "pca" if small else cosines[-1]) if small or cosines else None
-  made = {}
-  for name, basis in {"pixels": None, **{name: name for name in cosines}}.items():
-    made[name] = divergences.hutchinson(probes, basis=basis)
-    if small or (control is not None and basis is None):
-      made[f"{name}+control"] = divergences.hutchinson(probes, basis=basis, control=control)
+  made = {"pixels": divergences.hutchinson(probes)}
+  if control is not None:
+    made["pixels+control"] = divergences.hutchinson(probes, control=control)
+  for name in cosines:
+    made[name] = divergences.hutchinson(probes, basis=name)
+    if small:
+      made[f"{name}+control"] = divergences.hutchinson(probes, basis=name, control=control)
   if small:
     made["pca"] = divergences.hutchinson(probes, basis=divergences.pca_basis(x))
   return made
