@@ -76,22 +76,24 @@ def test_rademacher_probes_in_the_eigenbasis_are_exact():
   np.testing.assert_allclose(estimates, jnp.trace(MATRIX), atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 3), (5, 4)])
-def test_dct_is_the_orthonormal_matrix_of_its_formula(shape):
-  """Per channel, in float32 to a few roundings, under jit and vmap."""
+@pytest.mark.parametrize(
+  ("shape", "basis"), [((4, 6, 3), bases.DCT), ((5, 4), bases.DCT), ((4, 6, 3), bases.COLOR_DCT)]
+)
+def test_dct_is_the_orthonormal_matrix_of_its_formula(shape, basis):
+  """Per channel, or along the channels, too; in float32 to a few roundings, under jit and vmap."""
   cosines = lambda n: (
     np.sqrt(np.where(np.arange(n) == 0, 1, 2) / n)[:, None]
     * np.cos(np.pi * np.arange(n)[:, None] * (np.arange(n)[None] + 0.5) / n)
   )
-  channels = np.eye(*(shape[2:] or (1,)))
+  channels = cosines(3) if basis is bases.COLOR_DCT else np.eye(*(shape[2:] or (1,)))
   matrix = np.kron(np.kron(cosines(shape[0]), cosines(shape[1])), channels)  # rows are the basis vectors
   size = len(matrix)
   unit = jnp.eye(size).reshape(size, *shape)
-  np.testing.assert_allclose(bases.DCT.synthesize(unit).reshape(size, size), matrix, atol=1e-6)
-  np.testing.assert_allclose(bases.DCT.analyze(unit).reshape(size, size), matrix.T, atol=1e-6)
+  np.testing.assert_allclose(basis.synthesize(unit).reshape(size, size), matrix, atol=1e-6)
+  np.testing.assert_allclose(basis.analyze(unit).reshape(size, size), matrix.T, atol=1e-6)
   np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
   batches = unit.reshape(2, size // 2, *shape)
-  inside = jax.jit(jax.vmap(bases.DCT.synthesize))(batches)
+  inside = jax.jit(jax.vmap(basis.synthesize))(batches)
   np.testing.assert_allclose(inside.reshape(size, size), matrix, atol=1e-6)
 
 
@@ -278,7 +280,7 @@ def test_bad_arguments_are_refused(untyped):
     make(0)
   with pytest.raises(ValueError, match="noise must be one of 'rademacher', 'gaussian', 'sphere', got 'cauchy'"):
     make(1, "cauchy")
-  with pytest.raises(ValueError, match="basis must be one of 'identity', 'dct', got 'wavelet'"):
+  with pytest.raises(ValueError, match="basis must be one of 'identity', 'dct', 'color_dct', got 'wavelet'"):
     make(basis="wavelet")
   for noise in ("gaussian", "sphere"):
     with pytest.raises(ValueError, match=f"noise='{noise}' is the same in every basis: leave basis out"):
@@ -296,6 +298,8 @@ def test_bad_arguments_are_refused(untyped):
     make(basis=ROTATION).draw(key, x)
   with pytest.raises(ValueError, match=r"'dct' needs examples \[h, w\] or \[h, w, c\], got \(9,\)"):
     make(basis="dct").draw(key, x)
+  with pytest.raises(ValueError, match=r"'color_dct' needs examples \[h, w, c\], got \(3, 3\)"):
+    make(basis="color_dct").draw(key, x.reshape(2, 3, 3))
   with pytest.raises(ValueError, match=r"sketch = 10 exceeds the 9 dimensions.*divergence.exact\(\)"):
     jd.divergence.hutchpp(10, 1).draw(key, x)
   with pytest.raises(ValueError, match="sketch must be at least 1, got 0"):
@@ -310,7 +314,7 @@ def test_bad_data_of_a_control_are_refused(untyped):
     control(jnp.ones((1, 3)))
   with pytest.raises(ValueError, match="x must be finite"):
     control(jnp.asarray([[1.0, jnp.nan], [0.0, 1.0]]))
-  with pytest.raises(ValueError, match="basis must be one of 'pca', 'dct', got 'ica'"):
+  with pytest.raises(ValueError, match="basis must be one of 'pca', 'dct', 'color_dct', got 'ica'"):
     control(jnp.ones((4, 3)), "ica")
   with pytest.raises(ValueError, match=r"control is of data of 5 numbers, an example \(9,\) has 9"):
     control(jax.random.normal(jax.random.key(0), (8, 5))).correction(jnp.ones((2, 1, 9)), jnp.log)

@@ -58,6 +58,8 @@ def test_the_spreads_of_a_gaussian_model_are_those_of_the_formula():
 def test_candidates_fit_the_data():
   x = jax.random.normal(jax.random.key(0), (20, 6))
   assert list(likelihood.candidates(x)) == ["pixels", "pixels+control", "pca"]
+  names = ["pixels", "pixels+control", "dct", "dct+control", "color_dct", "color_dct+control", "pca"]
+  assert list(likelihood.candidates(jax.random.normal(jax.random.key(0), (9, 2, 2, 3)))) == names
   large = jnp.zeros((2, 4, 5000))
   assert list(likelihood.candidates(large)) == ["pixels", "pixels+control", "dct"]
   assert list(likelihood.candidates(large.reshape(2, -1))) == ["pixels"]

@@ -95,9 +95,12 @@ def solve(model: Model, trace: Divergence, key: jax.Array) -> Any:
 
 def spreads(model: Model, probes: int) -> dict[str, dict[str, float]]:
   """Standard deviations of one estimate, bits per dimension, by probes and control."""
+  in_color = model.test.shape[3:] == (3,)
+  colors = {"color DCT": divergence.hutchinson(probes, basis="color_dct")} if in_color else {}
   rows = {
     "pixels": divergence.hutchinson(probes),
     "DCT": divergence.hutchinson(probes, basis="dct"),
+    **colors,
     "PCA": divergence.hutchinson(probes, basis=divergence.pca_basis(model.train)),
     "sphere": divergence.hutchinson(probes, "sphere"),
     "Gaussian": divergence.hutchinson(probes, "gaussian"),
@@ -182,7 +185,7 @@ def report(model: Model, probes: int) -> dict[str, dict[str, float]]:
   for name, value in seconds.items():
     print(f"| {name} | {value / seconds['1 probe']:.2f} |")
   print(f"\nstandard error at {PRODUCTS} products, bits/dim\n\n| estimator | |\n|---|---:|")
-  for row in ("pixels", "DCT", "PCA"):
+  for row in [row for row in table if row not in ("sphere", "Gaussian")]:
     for column in ("none", "pca"):
       print(f"| {row}, {column} control | {table[row][column] / PRODUCTS**0.5:.4f} |")
   print(flush=True)

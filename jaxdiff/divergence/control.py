@@ -46,20 +46,21 @@ class GaussianControl(NamedTuple):
     return jnp.sum(weights[None, None] * (coordinates**2 - 1), axis=2)
 
 
-def gaussian_control(x: State, basis: Literal["pca", "dct"] = "pca") -> GaussianControl:
+def gaussian_control(x: State, basis: Literal["pca", "dct", "color_dct"] = "pca") -> GaussianControl:
   """The control variate of the covariance of data.
 
   Args:
     x: examples `[n, *d]`, as the model sees them: dequantized and in its range.
-    basis: "pca": their whole covariance, d^2 memory and d^3 time on the host; "dct": the variances of their DCT
-      coefficients alone, for large images.
+    basis: "pca": their whole covariance, d^2 memory and d^3 time on the host; "dct" or "color_dct": the variances of
+      their coefficients alone, for large images.
 
   Returns:
     What `hutchinson` takes as `control`.
 
   Raises:
     TypeError: for data that are not floating point.
-    ValueError: for fewer than 2 examples, data that are not finite, an unknown basis, or "dct" for what is no image.
+    ValueError: for fewer than 2 examples, data that are not finite, an unknown basis, or one that does not
+      fit the data.
 
   Example:
     >>> import jax.numpy as jnp, jaxdiff as jd
@@ -67,8 +68,9 @@ def gaussian_control(x: State, basis: Literal["pca", "dct"] = "pca") -> Gaussian
     >>> jd.divergence.gaussian_control(x).variances.tolist()
     [0.5, 4.5]
   """
-  checks.one_of("basis", basis, Literal["pca", "dct"])
-  if basis == "dct":
-    return GaussianControl(bases.DCT, bases.dct_variances(x))
+  checks.one_of("basis", basis, Literal["pca", "dct", "color_dct"])
+  if basis != "pca":
+    named = bases.of_name(basis)
+    return GaussianControl(named, bases.coordinate_variances(x, named))
   variances, vectors = bases.principal(x)
   return GaussianControl(bases.of_matrix(vectors), variances)

@@ -57,7 +57,7 @@ _DRAW = {"rademacher": _rademacher, "gaussian": jax.random.normal, "sphere": _sp
 def hutchinson(
   probes: int = 1,
   noise: Noise = "rademacher",
-  basis: Literal["identity", "dct"] | Matrix | None = None,
+  basis: bases.Name | Matrix | None = None,
   control: GaussianControl | None = None,
 ) -> Divergence:
   """The mean of v . J v over random probes v = Q r.
@@ -65,8 +65,9 @@ def hutchinson(
   Args:
     probes: how many; their standard error needs at least 2.
     noise: of r: random signs, standard normal, or uniform on the sphere of radius sqrt(d).
-    basis: Q: None or "identity" for the pixels; "dct" for the cosine transform of images [h, w, c] or [h, w]; a matrix
-      [d, d] with orthonormal columns, such as `pca_basis(x)`. Other noise than Rademacher is the same in every basis.
+    basis: Q: None or "identity" for the pixels; "dct" for the cosine transform of each channel of images [h, w, c]
+      or [h, w], "color_dct" for that along the channels as well; a matrix [d, d] with orthonormal columns, such as
+      `pca_basis(x)`. Other noise than Rademacher is the same in every basis.
     control: of `gaussian_control(x)`, subtracted from integrals over a flow by `likelihood.log_prob`.
 
   Raises:
@@ -98,7 +99,7 @@ def hutchinson(
   return Divergence(draw, estimate, over_probes, control.correction)
 
 
-def _basis(basis: Literal["identity", "dct"] | Matrix | None) -> Basis:
+def _basis(basis: bases.Name | Matrix | None) -> Basis:
   if basis is None or isinstance(basis, str):
     return bases.of_name(basis or "identity")
   return bases.of_matrix(basis)

@@ -6,7 +6,7 @@ near the model is to a Gaussian.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -44,8 +44,9 @@ def candidates(x: State, probes: int = 2) -> dict[str, Divergence]:
     probes: of each; `pilot` needs at least 2.
 
   Returns:
-    "pixels"; "dct" for images [h, w, c] or [h, w]; "pca" up to 4096 dimensions; the first two also "+control", by the
-    covariance of x, or of its DCT coefficients alone above 4096 dimensions: that adds nothing to "dct".
+    "pixels"; "dct" for images [h, w, c] or [h, w], with 3 channels "color_dct"; "pca" up to 4096 dimensions. All but
+    the last also "+control", by the covariance of x; above 4096 dimensions the pixels alone, by the variances of the
+    coefficients of images.
 
   Raises:
     TypeError: for data that are not floating point.
@@ -56,15 +57,18 @@ def candidates(x: State, probes: int = 2) -> dict[str, Divergence]:
     >>> list(jd.likelihood.candidates(jax.random.normal(jax.random.key(0), (100, 4, 4, 1))))
     ['pixels', 'pixels+control', 'dct', 'dct+control', 'pca']
   """
-  image, small = x.ndim in (3, 4), math.prod(x.shape[1:]) <= PCA_UP_TO
+  small = math.prod(x.shape[1:]) <= PCA_UP_TO
+  cosines: list[Literal["dct", "color_dct"]] = ["dct"] if x.ndim in (3, 4) else []
+  if x.shape[3:] == (3,):
+    cosines.append("color_dct")
+  control = divergences.gaussian_control(x, "pca" if small else cosines[-1]) if small or cosines else None
   made = {"pixels": divergences.hutchinson(probes)}
-  control = divergences.gaussian_control(x, "pca" if small else "dct") if small or image else None
   if control is not None:
     made["pixels+control"] = divergences.hutchinson(probes, control=control)
-  if image:
-    made["dct"] = divergences.hutchinson(probes, basis="dct")
-  if image and small:
-    made["dct+control"] = divergences.hutchinson(probes, basis="dct", control=control)
+  for name in cosines:
+    made[name] = divergences.hutchinson(probes, basis=name)
+    if small:
+      made[f"{name}+control"] = divergences.hutchinson(probes, basis=name, control=control)
   if small:
     made["pca"] = divergences.hutchinson(probes, basis=divergences.pca_basis(x))
   return made
