@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
   config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 100.0})
   config.train = ConfigDict(
     {
-      "batch_size": 64,
-      "steps": 1500,
+      "batch_size": 128,
+      "steps": 3000,
       "ema_decay": 0.99,
       "random_flip": False,
       "log_every": 25,

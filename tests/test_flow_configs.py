@@ -1,4 +1,4 @@
-"""Normalizing flows from configs: what the sections make is the library's flow, and what does not go together is refused."""
+"""Normalizing flows from configs: the sections make the library's flow; what does not go together is refused."""
 
 import jax
 import jax.numpy as jnp

@@ -57,8 +57,9 @@ def ffjord(
     jacobian: l_J, the weight of the Jacobian's squared Frobenius norm.
 
   Returns:
-    loss(key, x0, network, cond={}, u=None) -> (loss [b] in nats, aux); u is not used, there is no time to draw. aux: "nats", -log p(x0); "nfe"; and the integrals
-    "kinetic" and "jacobian", without their weights, where these are positive. A failed solve is NaN.
+    loss(key, x0, network, cond={}, u=None) -> (loss [b] in nats, aux); no time is drawn, so u is not used. aux: "nats",
+    -log p(x0); "nfe"; and the integrals "kinetic" and "jacobian", without their weights, where these are positive. A
+    failed solve is NaN.
 
   Raises:
     ValueError: for what `flow.cnf` refuses, and a weight below 0; when called, for a divergence that does not go with
