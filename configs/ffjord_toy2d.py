@@ -6,7 +6,7 @@
 
 Mean log-density of 2000 held-out points: -1.136 +- 0.016 nats, that of the density they were drawn from -1.127; by
 43 evaluations a point, 37 a sample. It is trained with error control: with 4 steps of rk4 (kinetic = jacobian = 0.01)
-the loss fell to -23 nats, of which the exact flow knows nothing.
+the loss fell to -23 nats, which no density of these data has: the network learned the errors of the steps.
 """
 
 from ml_collections import ConfigDict
