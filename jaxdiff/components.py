@@ -112,8 +112,8 @@ def predictor_corrector(
 def hutchinson(
   probes: int = 1,
   noise: Literal["rademacher", "gaussian", "sphere"] = "rademacher",
-  basis: Literal["identity", "dct", "pca", "auto"] = "identity",
-  control: Literal["none", "pca", "dct"] = "none",
+  basis: Literal["identity", "dct", "color_dct", "pca", "auto"] = "identity",
+  control: Literal["none", "pca", "dct", "color_dct"] = "none",
   seen: Float[Array, "n *d"] | None = None,
 ) -> divergence.Divergence:
   """Random probes; principal components and control variates are those of training data that the model has seen."""

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxdiff import components, divergence, likelihood, predictions, schedules, schema, sde
+from jaxdiff import components, divergence, flow, likelihood, predictions, schedules, schema, sde
 from jaxdiff.data.examples import SPLITS, Source, check_choice
 from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
@@ -310,9 +310,9 @@ def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -
   trace = _make_trace(section["divergence"], seen) if "divergence" in section else None
   fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
   if is_flow(config):
-    if foreign := sorted(fields.keys() - inspect.signature(likelihood.flow_log_prob).parameters.keys()):
+    if foreign := sorted(fields.keys() - inspect.signature(flow.cnf).parameters.keys()):
       raise ConfigError(f"config.likelihood.{foreign[0]} is of processes with noise; leave it out for a CNF")
-    made = _construct(likelihood.flow_log_prob, fields, "likelihood", t1=process.t1, divergence=trace)
+    made = _construct(flow.cnf, fields, "likelihood", t1=process.t1, divergence=trace).log_prob
   else:
     made = _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
   if likelihood_settings(config).dtype == "float32":

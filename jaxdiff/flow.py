@@ -7,6 +7,7 @@ References:
   Chen et al. 2018, Neural Ordinary Differential Equations, Theorem 1; Grathwohl et al. 2019, FFJORD, eq. 4 and 8.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from jaxdiff import checks, keys, ode
 from jaxdiff import divergence as divergences
 from jaxdiff.schedules import float_time
+from jaxdiff.sde import ScalarSDE
 from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Network, Sample, Scalar, State, Status
 
 Steps = Literal["per_example", "shared"]
@@ -56,6 +58,30 @@ def standard_normal() -> Base:
   return Base(sample, log_prob)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogDensity:
+  """A log-density: `fn(key, x0: [b, *d], field, cond={}) -> LogProb`, made by `likelihood.log_prob` or `cnf`.
+
+  Attributes:
+    sde: the process whose probability flow it is and whose score is its field; None for a flow without noise.
+    t0: the time at which the data stand.
+    divergence: the trace estimator, or None for `divergence.default`.
+    evaluate: the function itself.
+  """
+
+  sde: ScalarSDE | None
+  t0: Array
+  divergence: divergences.Divergence | None
+  evaluate: Callable[..., LogProb]
+
+  def __call__(self, key: Keys, x0: State, field: Network, cond: Cond = NO_COND) -> LogProb:
+    return self.evaluate(key, x0, field, cond)
+
+  def trace(self, x: Array) -> divergences.Divergence:
+    """The trace estimator for examples like those of x `[b, *d]`."""
+    return self.divergence or divergences.default(math.prod(x.shape[1:]))
+
+
 class CNF(NamedTuple):
   """A continuous normalizing flow, made by `cnf`: pure functions of a vector field.
 
@@ -71,7 +97,7 @@ class CNF(NamedTuple):
 
   forward: Callable[..., Sample]
   inverse: Callable[..., Sample]
-  log_prob: Callable[..., LogProb]
+  log_prob: LogDensity
   sample: Callable[..., Sample]
 
 
@@ -133,8 +159,8 @@ def cnf(
   def inverse(key: Keys, z: State, field: Network, cond: Cond = NO_COND) -> Sample:
     return carry(key, z, field, cond, backward=True)
 
-  def log_prob(key: Keys, x: State, field: Network, cond: Cond = NO_COND) -> LogProb:
-    return density(key, x, field, cond)[0]
+  with jax.ensure_compile_time_eval():
+    log_prob = LogDensity(None, jnp.zeros(()), divergence, lambda *of: density(*of)[0])
 
   def sample(key: Keys, shape: tuple[int, ...], field: Network, cond: Cond = NO_COND) -> Sample:
     return inverse(key, base.sample(key, shape), field, cond)

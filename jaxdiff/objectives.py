@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import components, factory, keys, likelihood, losses, schema
+from jaxdiff import components, factory, flow, keys, likelihood, losses, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.schema import Config, ConfigError
@@ -122,7 +122,7 @@ def dequantization(config: Config, source: Source) -> str | None:
 def seen_states(config: Config, source: Source) -> jax.Array | None:
   """The training data as the model sees them, where the trace estimator of the likelihood depends on them."""
   trace = config["likelihood"].get("divergence", {})
-  if trace.get("basis", "identity") in ("identity", "dct") and trace.get("control", "none") == "none":
+  if trace.get("basis", "identity") in ("identity", "dct", "color_dct") and trace.get("control", "none") == "none":
     return None
   x = jnp.asarray(source.gather(np.arange(min(len(source), _SEEN)))["x"])
   if source.levels is None:
@@ -144,10 +144,14 @@ def choose_trace(config: Config, params: Any, source: Source, held_out: Source) 
   if seen is None or shown is None:
     raise ConfigError("config.likelihood.divergence.basis = 'auto' needs data")
   process, score = factory.make_process(config, params), factory.make_score(config)(params)
-  of = lambda divergence: likelihood.log_prob(process, divergence, _PILOT_TOLERANCE, _PILOT_TOLERANCE)
-  found = likelihood.pilot(
-    jax.random.key(config["likelihood"].get("seed", 0)), shown[:_PILOT], score, of, likelihood.candidates(seen)
-  )
+  rtol = atol = _PILOT_TOLERANCE
+  among = likelihood.candidates(seen)
+  of = lambda divergence: likelihood.log_prob(process, divergence, rtol, atol)
+  if factory.is_flow(config):
+    of = lambda divergence: flow.cnf(divergence=divergence, t1=process.t1, rtol=rtol, atol=atol).log_prob
+    among = {name: made for name, made in among.items() if "control" not in name}
+  key = jax.random.key(config["likelihood"].get("seed", 0))
+  found = likelihood.pilot(key, shown[:_PILOT], score, of, among)
   basis, _, control = found.best.partition("+")
   chosen = {"basis": "identity" if basis == "pixels" else basis, "control": _control(seen) if control else "none"}
   config = config | {"likelihood": config["likelihood"] | {"divergence": trace | chosen}}
@@ -155,7 +159,10 @@ def choose_trace(config: Config, params: Any, source: Source, held_out: Source) 
 
 
 def _control(seen: jax.Array) -> str:
-  return "pca" if math.prod(seen.shape[1:]) <= likelihood.PCA_UP_TO else "dct"
+  """The covariance that `likelihood.candidates` takes for data like these."""
+  if math.prod(seen.shape[1:]) <= likelihood.PCA_UP_TO:
+    return "pca"
+  return "color_dct" if seen.shape[3:] == (3,) else "dct"
 
 
 def make_log_likelihood(config: Config, params: Any, source: Source, seen: jax.Array | None = None) -> Evaluation:

@@ -105,7 +105,7 @@ def test_bits_per_dim_of_integers(params):
 def test_noise_of_a_process_is_refused_for_a_flow():
   noise = jd.likelihood.dequantization.truncated_normal(jd.VP())
   with pytest.raises(ValueError, match="dequantization knows the noise of a process, and a normalizing flow has none"):
-    jd.likelihood.bits_per_dim(jd.likelihood.flow_log_prob(), 4, dequantization=noise)
+    jd.likelihood.bits_per_dim(jd.flow.cnf().log_prob, 4, dequantization=noise)
 
 
 def test_a_flow_has_no_variational_bound():

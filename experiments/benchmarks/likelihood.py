@@ -3,10 +3,10 @@
     python experiments/benchmarks/likelihood.py --digits=runs/digits --patches=runs/patches
 
 The classic method is that of score_sde: scipy's RK45 over the whole batch as one vector on the host, rtol = atol =
-1e-5, the drift and one vector-Jacobian product jitted. Both methods get the same examples, network and probes; the error of
-each is against a solve at a hundredth of the tolerance, and jaxdiff runs at the loosest tolerance whose error is no
-larger. "evaluations" is one jitted loop of as many bare evaluations, each with one Jacobian-vector product. All sides
-run in turns in one process; a ratio is the median over the turns, with its quartiles.
+1e-5, the drift and one vector-Jacobian product jitted. Both methods get the same examples, network and probes; the
+error of each is against a solve at a hundredth of the tolerance, and jaxdiff runs at the loosest tolerance whose error
+is no larger. "evaluations" is one jitted loop of as many bare evaluations, each with one Jacobian-vector product. All
+sides run in turns in one process; a ratio is the median over the turns, with its quartiles.
 
 The patches' network is convolutional and is run at 32x32x3 here.
 """

@@ -30,8 +30,8 @@ from jaxtyping import Float, Int, Integer
 from jaxdiff import checks, keys
 from jaxdiff import status as codes
 from jaxdiff.divergence import Divergence
+from jaxdiff.flow import LogDensity
 from jaxdiff.likelihood import dequantization as dequantizations
-from jaxdiff.likelihood.density import LogDensity
 from jaxdiff.likelihood.dequantization import Dequantization
 from jaxdiff.typing import NO_COND, Cond, Keys, ScoreFn, Status
 
@@ -77,7 +77,7 @@ def bits_per_dim(
   """Bits per dimension of integer data.
 
   Args:
-    log_prob: what `likelihood.log_prob` or `likelihood.flow_log_prob` returned.
+    log_prob: what `likelihood.log_prob` returned, or the `log_prob` of `flow.cnf`.
     levels: how many values an integer of the data can take.
     data_range: (low, high), where the model was trained to expect the data.
     dequantization: where in its cell an integer goes; None for `dequantization.uniform()`. Models that were trained on

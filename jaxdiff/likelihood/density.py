@@ -24,38 +24,13 @@ from jaxdiff import checks, flow, keys, ode
 from jaxdiff import divergence as divergences
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, log_snr, reverse
-from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Scalar, ScoreFn, State
+from jaxdiff.typing import Cond, Keys, LogProb, Scalar, ScoreFn, State
 
 Variable = Literal["time", "log_snr"]
 
 _FIRST_NOISE_TO_SIGNAL = 0.05
 _FIRST_LOG_SNR_STEP = 0.02  # of the whole range
 _ROUNDING = 8  # units in the last place
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LogDensity:
-  """The log-density of a model: `fn(key, x0: [b, *d], score, cond={}) -> LogProb`, made by `log_prob`
-  or `flow_log_prob`.
-
-  Attributes:
-    sde: the process; None for a normalizing flow.
-    t0: the time at which the data stand.
-    divergence: the trace estimator, or None for `divergence.default`.
-    evaluate: the function itself.
-  """
-
-  sde: ScalarSDE | None
-  t0: Array
-  divergence: divergences.Divergence | None
-  evaluate: Callable[..., LogProb]
-
-  def __call__(self, key: Keys, x0: State, score: ScoreFn, cond: Cond = NO_COND) -> LogProb:
-    return self.evaluate(key, x0, score, cond)
-
-  def trace(self, x: Array) -> divergences.Divergence:
-    """The trace estimator for examples like those of x `[b, *d]`."""
-    return self.divergence or divergences.default(math.prod(x.shape[1:]))
 
 
 def log_prob(
@@ -70,7 +45,7 @@ def log_prob(
   variable: Variable = "log_snr",
   steps: flow.Steps = "per_example",
   adjoint: ode.Adjoint = "checkpoint",
-) -> LogDensity:
+) -> flow.LogDensity:
   """Log-density under the probability flow.
 
   Args:
@@ -141,7 +116,7 @@ def log_prob(
     value = (prior_log_prob or sde.prior_log_prob)(z) + jnp.mean(change, axis=1)
     return LogProb(value, z, nfe, status, trace.standard_error(change))
 
-  made = LogDensity(sde, start, divergence, evaluate)
+  made = flow.LogDensity(sde, start, divergence, evaluate)
   return made
 
 

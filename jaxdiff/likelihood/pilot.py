@@ -17,7 +17,7 @@ from jax import Array
 from jaxdiff import divergence as divergences
 from jaxdiff import keys, status
 from jaxdiff.divergence import Divergence
-from jaxdiff.likelihood.density import LogDensity
+from jaxdiff.flow import LogDensity
 from jaxdiff.typing import NO_COND, Cond, Keys, ScoreFn, State
 
 PCA_UP_TO = 4096  # dimensions: a minute of eigenvectors
