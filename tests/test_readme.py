@@ -19,11 +19,14 @@ def test_the_program_of_the_readme_runs(capsys):
   names = {}
   objectives = BLOCKS[1].replace("x[:500]", "x[:4]").replace("draws=64", "draws=2")
   sampling = BLOCKS[2].replace("500", "4")
-  exec(compile("\n".join([program, objectives, sampling, BLOCKS[3]]), "README.md", "exec"), names)
+  likelihoods = BLOCKS[4].replace("x[:64]", "x[:4]").replace("(10, 2)", "(4, 2)")
+  exec(compile("\n".join([program, objectives, sampling, BLOCKS[3], likelihoods]), "README.md", "exec"), names)
   assert capsys.readouterr().out.startswith("(4, 2) ")
   assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(names["gradient"]["interior"]))
   assert np.all(np.isfinite(names["nats"]))
   assert callable(names["bits"])
+  assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(names["likelihood_gradient"]))
+  assert np.all(names["points"].status.code == 0)
 
 
 def test_every_file_that_the_readme_names_exists():
