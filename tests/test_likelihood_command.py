@@ -291,7 +291,7 @@ def test_failed_examples_are_counted_and_in_no_mean(continuous, capsys):
 
 
 def test_a_value_that_is_not_finite_has_failed(continuous, capsys, monkeypatch):
-  def broken(config, params, source):
+  def broken(config, params, source, seen):
     zeros = lambda x: jnp.zeros(len(x))
     names = ("standard_error", "dequantization_error", "nfe", "code", "accepted")
     return lambda params, key, x: {"value": zeros(x) / zeros(x), **{name: zeros(x) for name in names}}
