@@ -250,6 +250,7 @@ def _backsolve(
   start, end = (jnp.asarray(time, dtype) for time in (times.start, times.end))
   converted = eqx.filter_closure_convert(field, start, y0)
   captured, rest = eqx.partition(converted, lambda leaf: isinstance(leaf, jax.core.Tracer))
+  captured = jax.tree.map(jnp.asarray, captured)  # a Python number differentiated outside jit is no array by itself
   slope = lambda t, y, captured: eqx.combine(captured, rest)(jnp.asarray(t, dtype), y)
   steps_alone = diffrax.RecursiveCheckpointAdjoint()
 
@@ -281,7 +282,7 @@ def _backsolve(
     # The integrals over the parameters are no part of the norm: nothing on the way depends on them (Kidger et al.).
     (_, *found), counts = _integrate(adjoint, moved, state, back, solver, lambda state: norm(state[:2]), steps_alone)
     factor = jnp.where(counts.finished, scale, jnp.nan)
-    rescaled = lambda leaf: jnp.where(size > 0, leaf[0] * factor.astype(leaf.dtype), 0)
+    rescaled = lambda leaf: jnp.where(size == 0, 0, leaf[0] * factor.astype(leaf.dtype))
     a0, d_captured = jax.tree.map(rescaled, found)
     d_start = -_dot(a0, slope(start, y0, captured)).astype(dtype) if perturbed[2] else None
     d_end = _dot(a1, slope(end, y1, captured)).astype(dtype) if perturbed[3] else None

@@ -158,6 +158,8 @@ def test_the_continuous_adjoint_takes_captured_values_under_vmap_and_eagerly(x64
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
   eager = grad(solver)(p[0], y[0], key[0], index[0])
   np.testing.assert_allclose(eager[0], batched[0][0], rtol=1e-9)
+  number = jax.grad(lambda p: loss(p, y[0], key[0], index[0]))(0.5)
+  np.testing.assert_allclose(number, batched[0][0], rtol=1e-9)
 
 
 def test_the_continuous_gradient_scales_with_the_loss():
@@ -167,6 +169,7 @@ def test_the_continuous_gradient_scales_with_the_loss():
   gradient = jax.jit(jax.grad(loss))
   assert gradient(1.3, 2.0**-30) == 2.0**-30 * gradient(1.3, 1.0)
   assert gradient(1.3, 0.0) == 0
+  assert jnp.isnan(gradient(1.3, jnp.nan))
 
 
 def test_a_backward_solve_that_fails_is_nan(x64):
