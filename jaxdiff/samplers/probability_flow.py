@@ -34,7 +34,7 @@ def probability_flow(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   t0: Scalar | None = None,
-  solver: ode.Method = "tsit5",
+  solver: ode.Adaptive = "tsit5",
   max_steps: int = ode.MAX_STEPS,
   denoise: bool = False,
   path: bool = False,
@@ -88,7 +88,7 @@ def probability_flow_encode(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   t0: Scalar | None = None,
-  solver: ode.Method = "tsit5",
+  solver: ode.Adaptive = "tsit5",
   max_steps: int = ode.MAX_STEPS,
 ) -> Callable[..., Sample]:
   """Encoder by the probability-flow ODE: the latent that `probability_flow` carries to a given x.
