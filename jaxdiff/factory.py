@@ -256,8 +256,8 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   trace = section.get("divergence", {"type": "exact"})["type"]
   if settings.importance and trace != "exact":
     raise ConfigError(
-      f"config.likelihood.importance needs the exact trace, got {trace}: the mean of exp(log p) over noisy estimates is "
-      "too large and bounds nothing. Take --probes=exact, or leave importance out"
+      f"config.likelihood.importance needs the exact trace, got {trace}: the mean of exp(log p) over noisy estimates "
+      "is too large and bounds nothing. Take --probes=exact, or leave importance out"
     )
   if settings.limit < 0:
     raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")

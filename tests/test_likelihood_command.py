@@ -341,7 +341,7 @@ def test_short_flags_stand_for_fields(integers):
     ("--config.network.type=UNet", "was trained otherwise: config.network.depth was 1, is None"),
     ("--config.likelihood.adjoint=direct", "config.likelihood.adjoint does not exist"),
     ("--other.type=npz", "config.other needs a value for path"),
-    ("--other.typ=npz", "config.other.type is 'missing'"),
+    ("--other.typ=npz", "config.other needs a type: "),
   ],
 )
 def test_mistakes(continuous, flags, message, capsys, untyped):

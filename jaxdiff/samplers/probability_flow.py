@@ -68,6 +68,7 @@ def probability_flow(
     True
   """
   checks.made("sde", sde, ScalarSDE)
+  checks.one_of("solver", solver, ode.Adaptive)
   end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
   solve = _solve(sde, sde.t1, end, ode.Solver(solver, rtol, atol, max_steps), nodes)
@@ -116,6 +117,7 @@ def probability_flow_encode(
     True
   """
   checks.made("sde", sde, ScalarSDE)
+  checks.one_of("solver", solver, ode.Adaptive)
   start = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   return _solve(sde, start, sde.t1, ode.Solver(solver, rtol, atol, max_steps), None)
 
