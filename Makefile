@@ -38,13 +38,13 @@ test: $(STAMP)  ## Run the tests, the docstring examples and the check of the im
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(TEST_FLAGS)
 
-parity: .venv-parity/.installed  ## Compare with diffusers and PyTorch (Python 3.11; installs PyTorch for the CPU).
+parity: .venv-parity/.installed  ## Compare with diffusers, torchdiffeq and PyTorch (Python 3.11; installs PyTorch for the CPU).
 	.venv-parity/bin/python -m pytest tests/test_parity*.py
 
 .venv-parity/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-parity
 	.venv-parity/bin/python -m pip install --quiet -c constraints.txt -e '.[train,test]'
-	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 diffusers==0.42.1
+	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 diffusers==0.42.1 torchdiffeq==0.2.5
 	@touch $@
 
 lint: $(STAMP)  ## Check style and types.
@@ -60,6 +60,7 @@ benchmark: $(STAMP)  ## Measure the overhead over bare network evaluations (on a
 	$(BIN)/python experiments/benchmarks/overhead.py
 	$(BIN)/python experiments/benchmarks/objectives.py
 	$(BIN)/python experiments/benchmarks/samplers.py
+	$(BIN)/python experiments/benchmarks/likelihood.py
 
 gallery: $(STAMP)  ## Draw all samplers side by side on a 2-D density and on digits (trains both first, six minutes).
 	$(BIN)/jaxdiff train --config=configs/toy2d.py --workdir=runs/toy2d
