@@ -143,7 +143,7 @@ def test_control_variate_is_exact_on_gaussian_data(name, x64):
   assert jnp.max(result.standard_error) < 5e-5
   np.testing.assert_allclose(result.value, sde.prior_log_prob(result.latent) + 0.5 * (ends[1] - ends[0]), atol=5e-5)
   v = both.draw(jd.example_keys(jax.random.key(0), 0, 3), x[:3])
-  assert jnp.min(jnp.std(both.correction(v, lambda l: 0.5 * jnp.log(1 / l)), axis=1)) > 0.3
+  assert jnp.min(jnp.std(both.correction(v, lambda l: 0.5 * jnp.log(1 / l)), axis=1)) > 0.1
 
 
 def test_control_in_the_basis_of_the_probes_corrects_nothing():
