@@ -213,6 +213,25 @@ def test_gradients_reach_the_parameters_and_x(x64):
   np.testing.assert_allclose(dx[0, 0], (run(0.7, x + e) - run(0.7, x - e)) / (2 * h), rtol=1e-5)
 
 
+@pytest.mark.parametrize("adjoint", ["checkpoint", "continuous"])
+def test_gradients_reach_a_learned_schedule(adjoint, x64):
+  """It starts above the noise at which data stand, so t0 = 0 whatever gamma(0): the derivative in closed form."""
+  data, x, times = gaussian(), jnp.asarray([[0.3, -0.4, 0.2]]), (jnp.zeros(1), jnp.ones(1))
+  process = lambda minimum: jd.VariancePreserving(jd.schedules.Gamma(minimum, 6.0))
+
+  def value(minimum):
+    sde = process(minimum)
+    fn = likelihood.log_prob(sde, jd.divergence.exact(), 1e-6, 1e-6, adjoint=adjoint)
+    return fn(jax.random.key(0), x, data.score(sde)).value[0]
+
+  def exact(minimum):
+    (_, v0), (_, v1) = (data.moments(process(minimum), t) for t in times)
+    z = data.flow(process(minimum), x, *times)
+    return process(minimum).prior_log_prob(z)[0] + 0.5 * jnp.sum(jnp.log(v1 / v0))
+
+  np.testing.assert_allclose(jax.jit(jax.grad(value))(-5.0), jax.grad(exact)(-5.0), rtol=1e-3)
+
+
 @pytest.mark.parametrize("levels", [8, 17, 256])
 def test_uniform_data_score_log2_of_the_levels(levels, x64):
   """The exact score of data uniform on [-1, 1], noised: bits/dim = log2 L whatever the integers, within 0.01.

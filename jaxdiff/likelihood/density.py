@@ -150,7 +150,9 @@ def _course(sde: ScalarSDE, start: Array, variable: Variable) -> _Course:
     high, low = log_snr(sde, start), log_snr(sde, end)
 
   def time(u: Array) -> tuple[Array, Array]:
-    t = jnp.clip(sde.time_of_log_snr(u), start, end)
+    t = sde.time_of_log_snr(u)
+    # The value alone: the derivative at fixed u, which the continuous adjoint integrates, jumps nowhere.
+    t = t + jax.lax.stop_gradient(jnp.clip(t, start, end) - t)
     _, slope = jax.jvp(lambda t: log_snr(sde, t), (t,), (jnp.ones_like(t),))
     return t, 1 / slope
 
