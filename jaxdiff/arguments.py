@@ -17,7 +17,7 @@ _SAMPLE = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample
 _LIKELIHOOD = {
   f"--{name}": f"likelihood.{name}"
   for name in (
-    *("split", "limit", "seed", "dtype", "dequantization", "draws", "importance"),
+    *("split", "limit", "seed", "batch_size", "dtype", "dequantization", "draws", "importance"),
     *("solver", "rtol", "atol", "variable", "steps"),
   )
 }

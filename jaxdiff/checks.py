@@ -104,6 +104,8 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
   """
   if not hasattr(x, "dtype") or not hasattr(x, "shape"):
     raise TypeError(f"{name} must be an array [b, *d], got {type(x).__name__}")
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    raise TypeError(f"{name} must be an array of numbers, got keys: the key is the first argument")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{name} must be floating point, got {x.dtype}: scale integers first, by likelihood.dequantize")
   if not x.shape:
@@ -119,6 +121,15 @@ def batch(name: str, x: Any, cond: Any = NO_COND, u: Any = None) -> None:
       )
   if u is not None and jnp.shape(u) != (size,):
     raise ValueError(f"u must be one number per example, [{size}]; got shape {jnp.shape(u)}")
+
+
+def vectors(name: str, x: Any) -> None:
+  """Refuse a batch of bare numbers `[b]`, which one example without its batch axis looks like."""
+  if x.ndim < 2:
+    raise ValueError(
+      f"{name} must be [b, *d] with an axis of data, got shape {x.shape}: one example is {name}[None], numbers are "
+      f"{name}[:, None]"
+    )
 
 
 def score(x: Any, value: Any, name: str = "score") -> Any:

@@ -18,9 +18,9 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   sample       draw samples: samples.png, samples.npz, denoising.png; short flags: --sampler=dpm_solver_pp --steps=20
                --num=64 --seed=1 --gif (denoising.gif)
   likelihood   evaluate held-out data: likelihood.json, likelihood.npz, likelihood.png, a table; stopped and started
-               again it goes on where it was; short flags: --split=test --limit=100 --solver=tsit5 --rtol=1e-5
-               --atol=1e-5 --probes=16 (or exact) --basis=auto --dequantization=uniform --draws=8 --importance
-               --dtype=float64 --variable=log_snr --steps=shared --seed=1;
+               again it goes on after its last batch; short flags: --split=test --limit=100 --batch_size=24
+               --solver=tsit5 --rtol=1e-5 --atol=1e-5 --probes=16 (or exact) --basis=auto --dequantization=uniform
+               --draws=8 --importance --dtype=float64 --variable=log_snr --steps=shared --seed=1;
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table

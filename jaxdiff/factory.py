@@ -253,6 +253,12 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   _at_least("likelihood", settings, 1, "batch_size", "draws")
   _at_least("likelihood", settings, 0, "bound_draws")
   _check_seed("likelihood.seed", settings.seed)
+  trace = section.get("divergence", {"type": "exact"})["type"]
+  if settings.importance and trace != "exact":
+    raise ConfigError(
+      f"config.likelihood.importance needs the exact trace, got {trace}: the mean of exp(log p) over noisy estimates "
+      "is too large and bounds nothing. Take --probes=exact, or leave importance out"
+    )
   if settings.limit < 0:
     raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
   _check_split(config, "likelihood", settings.split)

@@ -190,6 +190,7 @@ def log_density(
 
   def density(key: Keys, x: State, field: Network, cond: Cond = NO_COND) -> tuple[LogProb, dict[str, Array]]:
     checks.batch("x", x, cond)
+    checks.vectors("x", x)
     trace = divergence or divergences.default(math.prod(x.shape[1:]))
 
     def solve(key: Array, x: Array, cond: dict[str, Array], norm: Callable[[Any], Array]) -> tuple[Any, Array, Status]:

@@ -33,6 +33,7 @@ from jaxdiff.schedules import float_time
 from jaxdiff.typing import Status
 
 Method = Literal["tsit5", "dopri5", "dopri8", "euler", "heun", "rk4"]
+Adaptive = Literal["tsit5", "dopri5", "dopri8"]
 Adjoint = Literal["checkpoint", "continuous", "direct"]
 
 MAX_STEPS = 4096

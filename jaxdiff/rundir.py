@@ -96,7 +96,7 @@ def _check_same_model(workdir: Path, found: list[str]) -> None:
   if found:
     raise ConfigError(
       f"the model in {workdir} was trained otherwise: {'; '.join(found)}. Leave these settings as they were (without "
-      "--config they are), or train another model in another workdir; other data cannot be evaluated yet"
+      "--config they are), or train another model in another workdir"
     )
 
 

@@ -156,7 +156,9 @@ def constructors(path: str, section: Any) -> tuple[Constructor, ...]:
   makes = SECTIONS[path].makes
   if isinstance(makes, tuple):
     return makes
-  kind = str(section.get("type", "missing"))
+  if "type" not in section:
+    raise ConfigError(f"config.{path} needs a type: {', '.join(sorted(makes))}")
+  kind = str(section["type"])
   if kind not in makes:
     raise ConfigError(f"config.{path}.type is {kind!r}; {nearest(kind, makes)}")
   return (makes[kind],)

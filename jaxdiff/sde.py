@@ -155,6 +155,8 @@ def reverse(
   """
 
   check_eta(eta)
+  if not callable(score):
+    raise TypeError(f"score must be a function (x, t, **cond) -> array, got {type(score).__name__}")
 
   def drift(x: State, t: Time, **cond: Array) -> State:
     t = batch_time(t, x)

@@ -244,7 +244,7 @@ def test_classes_have_the_posterior_of_bayes():
   """Three Gaussian classes: log-odds to 0.05 (the prior at t1), and the class by argmax; bits by argmin."""
   means = jnp.asarray([[0.4, 0.4], [-0.4, 0.2], [0.0, -0.5]])
   x = jax.random.normal(KEY, (8, 2))
-  log_prob = likelihood.log_prob(jd.VP(), rtol=1e-3, atol=1e-3, steps="shared")
+  log_prob = likelihood.log_prob(jd.VP(), rtol=1e-4, atol=1e-4, steps="shared")
   result = jax.jit(lambda x: likelihood.each_condition(log_prob)(KEY, x, class_score, {"mean": means}))(x)
   exact = -2 * jnp.sum((x[:, None] - means[None]) ** 2, axis=2)
   odds = lambda value: value - value[:, :1]

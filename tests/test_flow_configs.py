@@ -125,7 +125,7 @@ def test_a_flow_has_no_variational_bound():
     ("likelihood", {"variable": "log_snr"}, "config.likelihood.variable is of processes with noise"),
     ("loss", {"type": "ffjord", "kinetic": -1.0}, "config.loss: kinetic must be at least 0"),
     ("loss", {"type": "ffjord", "solver": "rk4"}, "config.loss: solver 'rk4' has no error control"),
-    ("loss", {"type": "ffjord", "divergence": {"type": "hutch"}}, "did you mean 'hutchinson'"),
+    ("loss", {"type": "ffjord", "divergence": {"type": "hutchinso"}}, "did you mean 'hutchinson'"),
   ],
 )
 def test_what_does_not_go_together_is_refused(path, fields, message, untyped):

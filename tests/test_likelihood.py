@@ -338,6 +338,25 @@ def test_solves_ask_for_the_highest_matmul_precision():
   assert "precision=None" not in jaxpr
 
 
+def test_wrong_shapes_are_refused_before_the_solve(untyped):
+  """What a batch of one would broadcast is seen on the whole batch."""
+  fn, key, x = likelihood.log_prob(jd.VP()), jax.random.key(0), jnp.ones((3, 2))
+  with pytest.raises(ValueError, match=r"x0 must be \[b, \*d\] with an axis of data.*one example is x0\[None\]"):
+    fn(key, x[0], lambda x, t: -x)
+  with pytest.raises(ValueError, match=r"score must return an array of the shape of x, \(3, 2\); got \(3,\)"):
+    fn(key, x, lambda x, t: x[:, 0])
+  with pytest.raises((TypeError, ValueError), match="broadcast|shapes"):
+    fn(key, x, lambda x, t: -x * t)
+  with pytest.raises(TypeError, match="score must be a function .*, got dict"):
+    fn(key, x, {"w": 1.0})
+  with pytest.raises(TypeError, match="x0 must be an array of numbers, got keys: the key is the first argument"):
+    fn(x, key[None], lambda x, t: -x)
+  with pytest.raises(ValueError, match="solver must be one of 'tsit5', 'dopri5', 'dopri8', got 'rk4'"):
+    likelihood.log_prob(jd.VP(), solver="rk4")
+  with pytest.raises(TypeError, match="log_prob must be a log-density, got CNF: pass its log_prob"):
+    likelihood.bits_per_dim(jd.flow.cnf(), 4)
+
+
 def test_wrong_use_is_refused(untyped):
   fn, score = likelihood.log_prob(jd.VP()), lambda x, t: -x
   with pytest.raises(TypeError, match="x must be integers 0..255, got float32.*pass the raw integers"):

@@ -87,5 +87,5 @@ def test_latents_of_another_shape_are_refused(untyped):
 
 
 def test_another_solver_is_refused(untyped):
-  with pytest.raises(ValueError, match="solver must be one of tsit5, dopri5, dopri8, got 'euler'"):
+  with pytest.raises(ValueError, match="solver must be one of 'tsit5', 'dopri5', 'dopri8', got 'euler'"):
     jd.samplers.probability_flow(jd.VP(), solver="euler")

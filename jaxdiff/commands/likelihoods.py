@@ -43,7 +43,11 @@ def likelihood(config: Config, workdir: Path) -> None:
   held_out = factory.make_source(config, settings.split)
   other = _other(config, settings.split, held_out) if "other" in config else None
   console.say(f"evaluating step {step} on {settings.split}")
+  for name in (*_files("likelihood"), *_files("likelihood_other")) if console.first_process() else ():
+    (workdir / name).unlink(missing_ok=True)  # those of an evaluation that this one replaces
   with factory.precision(config):
+    if config["likelihood"].get("divergence", {}).get("basis") == "auto":
+      console.say("measuring the trace estimators on a batch")
     config, spreads = objectives.choose_trace(config, params, source, held_out)
     _say_pilot(config, spreads)
     seen = objectives.seen_states(config, source)

@@ -72,7 +72,7 @@ def check(evaluated: Sequence[Evaluated]) -> None:
     if ours != theirs:
       raise ComparisonError(
         f"{first.name} and {run.name} hold different examples ({len(ours)} and {len(theirs)}, {len(ours & theirs)} of "
-        "them in both), so there is nothing to pair: evaluate both with the same --limit"
+        "them in both), and whole evaluations are paired: evaluate both with the same --limit"
       )
 
 

@@ -102,6 +102,8 @@ def bits_per_dim(
     >>> bits(jax.random.key(0), x, lambda x, t: -x).value.shape
     (1,)
   """
+  if hasattr(log_prob, "log_prob"):
+    raise TypeError(f"log_prob must be a log-density, got {type(log_prob).__name__}: pass its log_prob")
   checks.made("log_prob", log_prob, LogDensity)
   checks.levels(levels, data_range)
   checks.whole("draws", draws, 1)

@@ -82,6 +82,8 @@ def each_condition(fn: Callable[..., Any]) -> Callable[..., EachCondition]:
 def _check(conds: Any) -> None:
   if not isinstance(conds, Mapping):
     raise TypeError(f"conds must be a dict of arrays with a leading axis of conditions, got {type(conds).__name__}")
+  if wrong := [name for name, value in conds.items() if not hasattr(value, "shape")]:
+    raise TypeError(f"conds[{wrong[0]!r}] must be an array [n, ...], got {type(conds[wrong[0]]).__name__}")
   counts = {name: jnp.shape(value)[:1] for name, value in conds.items()}
   if len(set(counts.values())) != 1 or () in counts.values() or (0,) in counts.values():
     raise ValueError(f"conds must hold arrays [n, ...] of one number of conditions, n at least 1; got {counts}")

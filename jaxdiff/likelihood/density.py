@@ -40,7 +40,7 @@ def log_prob(
   atol: float = 1e-5,
   t0: Scalar | None = None,
   prior_log_prob: Callable[[State], Float[Array, " b"]] | None = None,
-  solver: ode.Method = "tsit5",
+  solver: ode.Adaptive = "tsit5",
   max_steps: int = ode.MAX_STEPS,
   variable: Variable = "log_snr",
   steps: flow.Steps = "per_example",
@@ -52,7 +52,8 @@ def log_prob(
     sde: a process with scalar marginals.
     divergence: trace estimator; None for `divergence.exact()` (d products) up to 64 dimensions, and one probe of
       `divergence.hutchinson()` above.
-    rtol: relative tolerance of a step, on the state and its log-density together.
+    rtol: relative tolerance of a step, on the state and its log-density together. The errors of all steps add up: log p
+      is off by tens to hundreds of times the tolerances, so 1e-3 is for a first look.
     atol: absolute tolerance of a step.
     t0: where the data stand; None for the time at which sigma / alpha = 1e-3.
     prior_log_prob: log-density at t1, [b, *d] -> [b] in nats; None for `sde.prior_log_prob`.
@@ -61,14 +62,15 @@ def log_prob(
     variable: what is integrated over: "log_snr", or "time", which takes fewer evaluations where data are smooth on all
       scales and more where they are thin, as images are.
     steps: "per_example": each example has step sizes of its own; "shared": one for all, such that every example keeps
-      the tolerances, and results depend on batch mates.
+      the tolerances, results depend on batch mates, and one that fails fails all.
     adjoint: how gradients flow back, "checkpoint", "continuous" or "direct": see `ode.Solver` and `flow.cnf`.
 
   Returns:
     fn(key, x0: [b, *d], score, cond={}) -> LogProb, values in nats. Probes are drawn once a solve, from example keys.
 
   Raises:
-    ValueError: for tolerances that are not positive, a t0 outside [0, t1) or an unknown name.
+    ValueError: for tolerances that are not positive, a t0 outside [0, t1) or an unknown name; when called, for x0
+      without an axis of data, or a score of another shape than x0.
     TypeError: for a factory given where what it makes is due; when called, for integer data.
 
   Example:
@@ -81,6 +83,7 @@ def log_prob(
   checks.made("sde", sde, ScalarSDE)
   if divergence is not None:
     checks.made("divergence", divergence, divergences.Divergence)
+  checks.one_of("solver", solver, ode.Adaptive)
   checks.one_of("variable", variable, Variable)
   checks.one_of("steps", steps, flow.Steps)
   options = ode.Solver(solver, rtol, atol, max_steps, adjoint=adjoint)
@@ -93,7 +96,9 @@ def log_prob(
       raise TypeError(f"x0 must be floating point, got {x0.dtype}: for integer data use likelihood.bits_per_dim")
     checks.batch("x0", x0, cond)
     _warn_of_rounding(options, x0.dtype)
+    checks.vectors("x0", x0)
     drift, _ = reverse(sde, score, eta=0.0)
+    jax.eval_shape(lambda x: drift(x, start, **cond), x0)  # refuses a score of another shape than the whole batch has
     trace = made.trace(x0)
 
     def solve(key: Array, x: Array, cond: dict[str, Array], norm: Callable[[Any], Array]) -> tuple[Any, ...]:
@@ -127,7 +132,7 @@ def _warn_of_rounding(options: ode.Solver, dtype: Any) -> None:
       f"rtol = {options.rtol:g} and atol = {options.atol:g} are below what {dtype} delivers, about {least:.0e}: more "
       "evaluations, and no more digits. Loosen one of them, or evaluate in float64 (jax_enable_x64, and x0 in float64; "
       "on the command line --dtype=float64)",
-      stacklevel=3,
+      stacklevel=4,
     )
 
 

@@ -153,6 +153,8 @@ def truncated_normal(sde: ScalarSDE, t0: Scalar | None = None) -> Dequantization
 def gaussian(sde: ScalarSDE, t0: Scalar | None = None) -> Dequantization:
   """The noise of the process at t0, with p(x | z) what z says by itself: for models trained on integers.
 
+  A model that was trained on integers with uniform noise spreads its density over the cells, and loses bits by it.
+
   Args:
     sde: the process.
     t0: the t0 that the log-density was made with, or None where it had none.

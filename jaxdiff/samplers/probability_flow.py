@@ -34,7 +34,7 @@ def probability_flow(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   t0: Scalar | None = None,
-  solver: ode.Method = "tsit5",
+  solver: ode.Adaptive = "tsit5",
   max_steps: int = ode.MAX_STEPS,
   denoise: bool = False,
   path: bool = False,
@@ -68,6 +68,7 @@ def probability_flow(
     True
   """
   checks.made("sde", sde, ScalarSDE)
+  checks.one_of("solver", solver, ode.Adaptive)
   end = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   nodes = time_grid(sde, _PATH_STEPS, t0=t0) if path else None
   solve = _solve(sde, sde.t1, end, ode.Solver(solver, rtol, atol, max_steps), nodes)
@@ -88,7 +89,7 @@ def probability_flow_encode(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   t0: Scalar | None = None,
-  solver: ode.Method = "tsit5",
+  solver: ode.Adaptive = "tsit5",
   max_steps: int = ode.MAX_STEPS,
 ) -> Callable[..., Sample]:
   """Encoder by the probability-flow ODE: the latent that `probability_flow` carries to a given x.
@@ -116,6 +117,7 @@ def probability_flow_encode(
     True
   """
   checks.made("sde", sde, ScalarSDE)
+  checks.one_of("solver", solver, ode.Adaptive)
   start = start_time(sde, t0, SAMPLING_NOISE_TO_SIGNAL)
   return _solve(sde, start, sde.t1, ode.Solver(solver, rtol, atol, max_steps), None)
 
