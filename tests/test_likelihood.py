@@ -338,6 +338,22 @@ def test_solves_ask_for_the_highest_matmul_precision():
   assert "precision=None" not in jaxpr
 
 
+def test_gradients_of_failed_solves_are_not_a_number():
+  fn = likelihood.log_prob(jd.VP(), max_steps=2)
+  value, gradient = jax.value_and_grad(lambda w: fn(jax.random.key(0), jnp.ones((1, 2)), lambda x, t: -w * x).value[0])(
+    jnp.ones(())
+  )
+  assert jnp.isnan(value)
+  assert jnp.isnan(gradient)
+
+
+def test_a_process_whose_log_snr_is_infinite_needs_time():
+  sde = jd.VP(0.1, 400.0)  # alpha(1) = exp(-100) is 0 in float32
+  with pytest.raises(ValueError, match=r"needs finite log-SNRs, got .*-inf at t1 of VP.*take variable='time'"):
+    likelihood.log_prob(sde)
+  assert likelihood.log_prob(sde, variable="time").t0 > 0
+
+
 def test_wrong_shapes_are_refused_before_the_solve(untyped):
   """What a batch of one would broadcast is seen on the whole batch."""
   fn, key, x = likelihood.log_prob(jd.VP()), jax.random.key(0), jnp.ones((3, 2))
