@@ -86,8 +86,8 @@ class Solver:
     num_steps: how many equal steps to take, without error control; None for steps that keep the tolerances.
     adjoint: how reverse mode goes. "checkpoint": through the steps, whose states are recomputed from a logarithmic
       number of them. "continuous": by solving eq. (1) backward, in memory that does not depend on the number of steps
-      and with errors of its own, of the tolerances, large where the way back is unstable; it gives eq. (2) for the ends. "direct": through the steps, in
-      bounded loops, also in forward mode; its cost grows with max_steps.
+      and with errors of its own, of the tolerances, but large where the way back is unstable; it gives eq. (2) for the
+      ends. "direct": through the steps, in bounded loops, also in forward mode; its cost grows with max_steps.
 
   Raises:
     ValueError: for tolerances that are not positive, an unknown method or adjoint, max_steps or num_steps below 1, and

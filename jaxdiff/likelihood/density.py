@@ -155,8 +155,8 @@ def _course(sde: ScalarSDE, start: Array, variable: Variable) -> _Course:
     high, low = log_snr(sde, start), log_snr(sde, end)
     if not isinstance(low, jax.core.Tracer) and not jnp.isfinite(low - high):
       raise ValueError(
-        f"variable = 'log_snr' needs finite log-SNRs, got {high} at t0 and {low} at t1 of {sde}: take variable='time', or "
-        "float64"
+        f"variable = 'log_snr' needs finite log-SNRs, got {high} at t0 and {low} at t1 of {sde}: take "
+        "variable='time', or float64"
       )
 
   def time(u: Array) -> tuple[Array, Array]:
