@@ -4,7 +4,7 @@
     log p(x_0) = log base(x_{t1}) + int_0^{t1} tr(df/dx)(x_t, t) dt                                                  (2)
 
 References:
-  Chen et al. 2018, Neural Ordinary Differential Equations, Theorem 1; Grathwohl et al. 2019, FFJORD, eq. 4 and 8.
+  Chen et al. 2018, Neural Ordinary Differential Equations, Theorem 1; Grathwohl et al. 2019, FFJORD.
 """
 
 import dataclasses

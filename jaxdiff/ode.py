@@ -86,8 +86,8 @@ class Solver:
     num_steps: how many equal steps to take, without error control; None for steps that keep the tolerances.
     adjoint: how reverse mode goes. "checkpoint": through the steps, whose states are recomputed from a logarithmic
       number of them. "continuous": by solving eq. (1) backward, in memory that does not depend on the number of steps
-      and with errors of its own, of the tolerances; it gives eq. (2) for the ends. "direct": through the steps, in
-      bounded loops, also in forward mode; its cost grows with max_steps.
+      and with errors of its own, of the tolerances, but large where the way back is unstable; it gives eq. (2) for the
+      ends. "direct": through the steps, in bounded loops, also in forward mode; its cost grows with max_steps.
 
   Raises:
     ValueError: for tolerances that are not positive, an unknown method or adjoint, max_steps or num_steps below 1, and
@@ -171,7 +171,8 @@ def solve(
   spent = (counts.steps >= solver.max_steps) & (counts.accepted > 0) & (solver.num_steps is None)
   unfinished = jnp.where(spent, status.MAX_STEPS, status.NON_FINITE)
   code = jnp.where(finite & counts.finished, status.SUCCESS, unfinished)
-  ys = jax.tree.map(lambda leaf: jnp.where(code == status.SUCCESS, leaf, jnp.nan), ys)
+  whole = jnp.where(code == status.SUCCESS, 1.0, jnp.nan)  # a factor, so that gradients of failures are NaN, too
+  ys = jax.tree.map(lambda leaf: leaf * whole.astype(leaf.dtype), ys)
   _, evaluations, first = _METHODS[solver.method]
   return ys, evaluations * counts.steps + first, Status(code, counts.accepted, counts.rejected)
 

@@ -240,7 +240,8 @@ def _check_inverse(sde: Any) -> None:
 
 
 def _derived_time(sde: Any, noise_to_signal: float) -> Float[Array, ""]:
-  time = jnp.maximum(sde.time_of_log_snr(-2 * jnp.log(float_time(noise_to_signal))), 0.0)
+  time = sde.time_of_log_snr(-2 * jnp.log(float_time(noise_to_signal)))
+  time = jnp.where(time <= 0, 0.0, time)  # a process that starts at 0 stays there, also as its parameters change
   if _is_number(time) and _is_number(sde.t1) and not time < sde.t1:
     raise ValueError(
       f"the process never gets to sigma / alpha = {noise_to_signal} before its last time, t1 = {sde.t1}: give it more "

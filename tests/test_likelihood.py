@@ -213,6 +213,25 @@ def test_gradients_reach_the_parameters_and_x(x64):
   np.testing.assert_allclose(dx[0, 0], (run(0.7, x + e) - run(0.7, x - e)) / (2 * h), rtol=1e-5)
 
 
+@pytest.mark.parametrize("adjoint", ["checkpoint", "continuous"])
+def test_gradients_reach_a_learned_schedule(adjoint, x64):
+  """It starts above the noise at which data stand, so t0 = 0 whatever gamma(0): the derivative in closed form."""
+  data, x, times = gaussian(), jnp.asarray([[0.3, -0.4, 0.2]]), (jnp.zeros(1), jnp.ones(1))
+  process = lambda minimum: jd.VariancePreserving(jd.schedules.Gamma(minimum, 6.0))
+
+  def value(minimum):
+    sde = process(minimum)
+    fn = likelihood.log_prob(sde, jd.divergence.exact(), 1e-6, 1e-6, adjoint=adjoint)
+    return fn(jax.random.key(0), x, data.score(sde)).value[0]
+
+  def exact(minimum):
+    (_, v0), (_, v1) = (data.moments(process(minimum), t) for t in times)
+    z = data.flow(process(minimum), x, *times)
+    return process(minimum).prior_log_prob(z)[0] + 0.5 * jnp.sum(jnp.log(v1 / v0))
+
+  np.testing.assert_allclose(jax.jit(jax.grad(value))(-5.0), jax.grad(exact)(-5.0), rtol=1e-3)
+
+
 @pytest.mark.parametrize("levels", [8, 17, 256])
 def test_uniform_data_score_log2_of_the_levels(levels, x64):
   """The exact score of data uniform on [-1, 1], noised: bits/dim = log2 L whatever the integers, within 0.01.
@@ -317,6 +336,22 @@ def test_solves_ask_for_the_highest_matmul_precision():
   jaxpr = str(jax.make_jaxpr(lambda x: fn(jax.random.key(0), x, lambda x, t: -x @ w).value)(jnp.ones((2, 3))))
   assert "HIGHEST" in jaxpr
   assert "precision=None" not in jaxpr
+
+
+def test_gradients_of_failed_solves_are_not_a_number():
+  fn = likelihood.log_prob(jd.VP(), max_steps=2)
+  value, gradient = jax.value_and_grad(lambda w: fn(jax.random.key(0), jnp.ones((1, 2)), lambda x, t: -w * x).value[0])(
+    jnp.ones(())
+  )
+  assert jnp.isnan(value)
+  assert jnp.isnan(gradient)
+
+
+def test_a_process_whose_log_snr_is_infinite_needs_time():
+  sde = jd.VP(0.1, 400.0)  # alpha(1) = exp(-100) is 0 in float32
+  with pytest.raises(ValueError, match=r"needs finite log-SNRs, got .*-inf at t1 of VP.*take variable='time'"):
+    likelihood.log_prob(sde)
+  assert likelihood.log_prob(sde, variable="time").t0 > 0
 
 
 def test_wrong_shapes_are_refused_before_the_solve(untyped):

@@ -21,7 +21,7 @@ Langevin dynamics is (1) with f = D score: no flux in p itself, (2) gives zero w
 References:
   Scharfetter & Gummel 1969, Large-Signal Analysis of a Silicon Read Diode Oscillator, Section II, and Chang & Cooper
   1970, A Practical Difference Scheme for Fokker-Planck Equations, for (2); Gottlieb, Shu & Tadmor 2001, Strong
-  Stability-Preserving High-Order Time Discretization Methods, eq. 4.1, for (3); Song et al. 2021, Score-Based
+  Stability-Preserving High-Order Time Discretization Methods, for (3); Song et al. 2021, Score-Based
   Generative Modeling through SDEs, Appendix D.1, for the forward equation of all these processes.
 """
 

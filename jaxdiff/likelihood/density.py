@@ -153,9 +153,16 @@ def _course(sde: ScalarSDE, start: Array, variable: Variable) -> _Course:
       first = jnp.clip(sde.time_of_log_snr(-2 * math.log(_FIRST_NOISE_TO_SIGNAL)) - start, 0.0, end - start)
       return _Course(start, end, first, lambda t: (t, jnp.ones_like(t)))
     high, low = log_snr(sde, start), log_snr(sde, end)
+    if not isinstance(low, jax.core.Tracer) and not jnp.isfinite(low - high):
+      raise ValueError(
+        f"variable = 'log_snr' needs finite log-SNRs, got {high} at t0 and {low} at t1 of {sde}: take "
+        "variable='time', or float64"
+      )
 
   def time(u: Array) -> tuple[Array, Array]:
-    t = jnp.clip(sde.time_of_log_snr(u), start, end)
+    t = sde.time_of_log_snr(u)
+    # The value alone: the derivative at fixed u, which the continuous adjoint integrates, jumps nowhere.
+    t = t + jax.lax.stop_gradient(jnp.clip(t, start, end) - t)
     _, slope = jax.jvp(lambda t: log_snr(sde, t), (t,), (jnp.ones_like(t),))
     return t, 1 / slope
 

@@ -20,7 +20,7 @@ overlap, so that (1) is a bound.
 
 References:
   Theis et al. 2016, A Note on the Evaluation of Generative Models, Section 3.1 (uniform); Zheng et al. 2023, Improved
-  Techniques for Maximum Likelihood Estimation for Diffusion ODEs, Section 4 (truncated normal); Ho et al. 2019, Flow++,
+  Techniques for Maximum Likelihood Estimation for Diffusion ODEs (truncated normal); Ho et al. 2019, Flow++,
   Section 3.1 (variational); Kingma et al. 2021, Variational Diffusion Models, Section 3.3 (the noise of the process).
 """
 
@@ -132,7 +132,7 @@ def truncated_normal(sde: ScalarSDE, t0: Scalar | None = None) -> Dequantization
     >>> bits = jd.likelihood.bits_per_dim(jd.likelihood.log_prob(sde), levels=17, dequantization=dequantization)
 
   References:
-    Zheng et al. 2023, Section 4.
+    Zheng et al. 2023, Improved Techniques for Maximum Likelihood Estimation for Diffusion ODEs.
   """
   noise = _noise(sde, t0)
 

@@ -5,7 +5,7 @@
 The Jacobian's squared norm is E[|J v|^2] for E[v v^T] = I: exact, or by the probes of the trace estimator.
 
 References:
-  Grathwohl et al. 2019, FFJORD; Finlay et al. 2020, How to Train Your Neural ODE (RNODE), eq. 4, 5 and 7.
+  Grathwohl et al. 2019, FFJORD; Finlay et al. 2020, How to Train Your Neural ODE (RNODE).
 """
 
 import math
