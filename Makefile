@@ -8,10 +8,10 @@ DEMO_FLAGS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-.PHONY: help setup demo test parity lint format benchmark gallery constraints clean
+.PHONY: help setup demo test test-slow parity lint format benchmark gallery constraints clean
 
 help:  ## Show this list.
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## Create the environment and install the pinned dependencies.
 
@@ -37,6 +37,9 @@ demo: $(STAMP)  ## Train on handwritten digits, draw samples, report bits per di
 test: $(STAMP)  ## Run the tests, the docstring examples and the check of the import order.
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(TEST_FLAGS)
+
+test-slow: $(STAMP)  ## Run the slow tests: kills, several processes, whole trainings.
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m slow $(TEST_FLAGS)
 
 parity: .venv-parity/.installed  ## Compare with diffusers, torchdiffeq and PyTorch (Python 3.11; installs PyTorch for the CPU).
 	.venv-parity/bin/python -m pytest tests/test_parity*.py
