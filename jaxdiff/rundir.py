@@ -100,6 +100,20 @@ def _check_same_model(workdir: Path, found: list[str]) -> None:
     )
 
 
+def check_same_everywhere(what: dict[str, Any]) -> None:
+  """Compare a config and the fingerprint of the data over the processes of a training.
+
+  Raises:
+    ConfigError: on all processes, if one has others than the first.
+  """
+  first, *others = [factory.normalize(value) for value in parallel.gather_json(what)]
+  for number, other in enumerate(others, start=1):
+    if found := [text for name in first for text in factory.differences(first[name], other[name], name)]:
+      raise ConfigError(
+        f"the processes were not started alike: {'; '.join(found)} on process {number}. Give all of them one config"
+      )
+
+
 class Stopped(Exception):
   """A signal ended the training after a step, which is saved.
 
@@ -116,6 +130,12 @@ class StopSignal:
   """Within this context the first SIGTERM or Ctrl-C is noted in `signum`; a second one ends the process at once."""
 
   signum: int | None = None
+
+  def agreed(self, step: int) -> bool:
+    """Whether to stop after this step: the same on all processes, if only one got the signal."""
+    if self.signum is None and parallel.preempted(step):
+      self.signum = signal.SIGTERM
+    return self.signum is not None
 
   def __enter__(self) -> "StopSignal":
     self._usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

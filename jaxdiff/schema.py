@@ -25,15 +25,37 @@ _FROM_PYTHON = ("base", "decoder", "reconstruction", "prior", "prior_log_prob", 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-  """How to train. Steps count updates; `random_flip` mirrors half of the images left to right."""
+  """How to train. Steps count updates; every n-th step of 0 means never.
+
+  `random_flip` mirrors half of the images left to right. `ema_decay` is that of the usual moving average, `ema_lengths`
+  are relative widths of power-function averages, of which snapshots allow any other width afterwards.
+
+  On the devices: `launcher` is what spreads a step over them; `fsdp` how many share one copy of the state (jit alone);
+  `microbatches` the parts that a batch is worked through in; `steps_per_dispatch` the steps of one call.
+
+  `keep` of the newest checkpoints stay and every `keep_every`-th step. `max_skipped` steps in a row may be without
+  finite loss and gradient. `wandb` is a project to report to.
+  """
 
   batch_size: int = 128
   steps: int = 1000
   ema_decay: float = 0.999
+  ema_lengths: tuple[float, ...] = ()
   random_flip: bool = False
+  launcher: Literal["jit", "pmap"] = "jit"
+  fsdp: int = 1
+  microbatches: int = 1
+  steps_per_dispatch: int = 1
+  max_skipped: int = 10
   log_every: int = 50
   checkpoint_every: int = 500
   keep: int = 3
+  keep_every: int | None = None
+  snapshot_every: int = 500
+  sample_every: int = 0
+  validate_every: int = 0
+  validate_examples: int = 1024
+  wandb: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Training: state, step, optimizer, checkpoints and the loop; one user of the library among others."""
 
 from jaxdiff.training.checkpoint import CheckpointError, Checkpoints, FingerprintError, load_fingerprint, load_params
-from jaxdiff.training.loop import NonFiniteError, train
+from jaxdiff.training.loop import Hook, NonFiniteError, train
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.state import TrainState, abstract_state, init_state
 from jaxdiff.training.step import make_train_step
@@ -10,6 +10,7 @@ __all__ = [
   "CheckpointError",
   "Checkpoints",
   "FingerprintError",
+  "Hook",
   "NonFiniteError",
   "TrainState",
   "abstract_state",
