@@ -24,13 +24,14 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
+  data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
 The other commands take other settings only of their own sections, sampler, sample, likelihood, evaluate and other.
 Several processes share a likelihood where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID,
 unless the cluster says so) and all see DIR.
 """
-COMMANDS = ("train", "sample", "likelihood", "evaluate")
+COMMANDS = ("train", "sample", "likelihood", "evaluate", "data")
 
 
 def _avoid_miscompiled_reductions() -> None:
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:]
     _quieten()
     _warn_plainly()
-  if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
+  if not argv or argv[0] == "help" or (argv[0] != "data" and {"-h", "--help"} & set(argv)):
     print(USAGE)
     return
   command = argv[0]
@@ -116,6 +117,10 @@ def _run(command: str, argv: list[str]) -> None:
   from jaxdiff import arguments, commands, factory, objectives, rundir, status, training
 
   try:
+    if command == "data":
+      from jaxdiff.commands.data import data
+
+      return data(argv)
     if command == "likelihood" and argv and argv[0].split("=")[0] == "--compare":
       return commands.compare(arguments.directories(argv))
     config, workdir = arguments.parse(command, argv)
