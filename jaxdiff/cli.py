@@ -25,6 +25,7 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
+  data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
 The other commands take other settings only of their own sections, sampler, sample, likelihood, evaluate and other.
@@ -33,7 +34,7 @@ Several processes that all see DIR share a training, samples or a likelihood: st
 --coordinator=HOST:PORT --processes=N --process=I [--timeout=300] (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID in the environment). Launch files: experiments/tpu_pod, experiments/slurm, experiments/gpu_node.
 """
-COMMANDS = ("train", "sample", "likelihood", "evaluate")
+COMMANDS = ("train", "sample", "likelihood", "evaluate", "data")
 
 
 def _avoid_miscompiled_reductions() -> None:
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:]
     _quieten()
     _warn_plainly()
-  if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
+  if not argv or argv[0] == "help" or (argv[0] != "data" and {"-h", "--help"} & set(argv)):
     print(USAGE)
     return
   command = argv[0]
@@ -117,6 +118,10 @@ def _run(command: str, argv: list[str]) -> None:
   from jaxdiff import arguments, commands, factory, objectives, rundir, status, training
 
   try:
+    if command == "data":
+      from jaxdiff.commands.data import data
+
+      return data(argv)
     if command == "likelihood" and argv and argv[0].split("=")[0] == "--compare":
       return commands.compare(arguments.directories(argv))
     launch, argv = arguments.launch(command, argv)
