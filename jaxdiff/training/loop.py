@@ -99,7 +99,7 @@ def train(
       if checkpoints is not None and saving:
         if not all_finite(state):
           raise NonFiniteError(f"the parameters are not finite at step {step}; {_advice(checkpoints)}")
-        checkpoints.save(state, iterator)
+        checkpoints.save(state, iterator.get_state())
       if last:
         break
   if checkpoints is not None:
