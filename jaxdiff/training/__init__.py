@@ -1,10 +1,11 @@
 """Training: state, step, optimizer, checkpoints and the loop; one user of the library among others."""
 
-from jaxdiff.training.checkpoint import CheckpointError, Checkpoints, FingerprintError, load_fingerprint, load_params
+from jaxdiff.training.checkpoint import Checkpoints, FingerprintError, load_fingerprint, load_params
 from jaxdiff.training.loop import Hook, NonFiniteError, train
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.state import TrainState, abstract_state, init_state
 from jaxdiff.training.step import make_train_step
+from jaxdiff.training.storage import CheckpointError, SaveError
 
 __all__ = [
   "CheckpointError",
@@ -12,6 +13,7 @@ __all__ = [
   "FingerprintError",
   "Hook",
   "NonFiniteError",
+  "SaveError",
   "TrainState",
   "abstract_state",
   "init_state",

@@ -1,50 +1,44 @@
-"""Checkpoints of a run: train state, data iterator, fingerprint and manifest, saved together or not at all (orbax).
+"""Checkpoints of a run: train state, position in the data, fingerprint and manifest, saved together or not at all.
 
-Each step directory holds the items state, data, fingerprint and manifest; orbax writes it under a temporary name and
-renames it when it is complete. `Checkpoints` writes and resumes a run; `load_params` reads the parameters alone, for
-sampling and evaluation. Both use the newest checkpoint that can be read and say which ones could not. Nothing is ever
-unpickled.
+Each step directory holds the items state, data, fingerprint and manifest (`jaxdiff.training.storage` says how they are
+written and read). `Checkpoints` writes and resumes a run, on any number of processes and devices and with any sharding;
+`load_params` reads the parameters alone, for sampling and evaluation. Both use the newest checkpoint that can be read
+and say which ones could not.
 """
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxdiff.training import storage
 from jaxdiff.training.manifest import Manifest, describe, manifest
 from jaxdiff.training.state import TrainState
-
-
-class CheckpointError(RuntimeError):
-  """There are checkpoints, but none of them can be read."""
+from jaxdiff.training.storage import CheckpointError, UnreadableError
 
 
 class FingerprintError(ValueError):
   """The checkpoints in the directory belong to a run with another seed, data set, batch size or model."""
 
 
-class _UnreadableError(Exception):
-  """This checkpoint is damaged."""
-
-
 class Checkpoints:
   """The checkpoints of one run in one directory; saving is asynchronous, `wait` or leaving the context completes it.
+
+  With several processes, all of them make and call it alike, on one shared file system.
 
   Args:
     directory: where the step directories go; created if missing.
     fingerprint: what must be equal for a run to be continued (seed, batch size, data, configuration): a dict of JSON
       values.
     keep: how many of the newest checkpoints to keep, at least 1.
+    keep_every: checkpoints whose step is a multiple of this are kept for ever; None for none.
 
   Raises:
-    ValueError: `keep` < 1.
+    ValueError: `keep` or `keep_every` < 1.
     TypeError: `fingerprint` cannot be written as JSON.
 
   Example:
@@ -55,49 +49,63 @@ class Checkpoints:
     ```
   """
 
-  def __init__(self, directory: str | Path, fingerprint: dict[str, Any], *, keep: int = 3):
+  def __init__(
+    self, directory: str | Path, fingerprint: dict[str, Any], *, keep: int = 3, keep_every: int | None = None
+  ):
     if keep < 1:
       raise ValueError(f"keep={keep!r}: at least 1 checkpoint must be kept")
-    self.directory = Path(directory).absolute()
+    if keep_every is not None and keep_every < 1:
+      raise ValueError(f"keep_every={keep_every!r}: must be at least 1, or None")
     self._fingerprint = json.loads(json.dumps(fingerprint))
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._writer = storage.StepWriter(directory, keep, keep_every)
+    self.directory = self._writer.directory
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._manager.close()
+    self._writer.close()
 
   def wait(self) -> None:
-    """Returns when everything saved so far is complete on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything saved so far is complete on disk.
+
+    Raises:
+      SaveError: it could not be written, e.g. because the disk is full; names the last good checkpoint.
+    """
+    self._writer.wait()
 
   def latest_step(self) -> int | None:
-    """The step of the newest complete checkpoint, None if there is none."""
+    """The step of the newest complete checkpoint, None if there is none; waits."""
     self.wait()
-    return self._manager.latest_step()
+    return max(storage.steps_in(self.directory), default=None)
 
-  def save(self, state: TrainState, iterator: Any) -> None:
-    """Saves `state` under its step with the position of the grain `iterator`; both may change once this returns."""
-    items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
-      data=grain.checkpoint.CheckpointSave(iterator),
-      fingerprint=ocp.args.JsonSave(self._fingerprint),
-      manifest=ocp.args.JsonSave(manifest(state)),
-    )
-    self._manager.save(int(state.step), args=items)
+  def save(self, state: TrainState, iterator_state: dict[str, Any]) -> None:
+    """Starts to save `state` under its step; it may be donated once this returns.
+
+    Args:
+      state: the train state; of several processes, the global arrays.
+      iterator_state: the position of the data after that step, JSON values, the same on all processes: of the
+        iterators of `jaxdiff.data.pipeline`, {"next_index": step}.
+
+    Raises:
+      SaveError: this checkpoint, or the one before, could not be written; names the last good one.
+      TypeError: `iterator_state` cannot be written as JSON.
+    """
+    values = {"data": json.loads(json.dumps(iterator_state)), "fingerprint": self._fingerprint}
+    self._writer.save(int(state.step), {"state": state}, {**values, "manifest": manifest(state)})
 
   def restore_latest(self, abstract_state: TrainState, iterator: Any) -> TrainState | None:
     """Restores the newest readable checkpoint onto the devices of `abstract_state` and moves `iterator` to its
     position.
 
     Newer ones that cannot be read are reported by a warning and renamed to "<step>.corrupt", so that their steps can
-    be saved again.
+    be saved again. With several processes, one that none of them can read is one that nobody reads.
 
     Args:
-      abstract_state: shapes, dtypes and shardings from `jaxdiff.training.abstract_state`; any number of devices.
-      iterator: the grain iterator of the same pipeline; set to where it stood when the checkpoint was saved.
+      abstract_state: shapes, dtypes and shardings from `jaxdiff.training.abstract_state`; any number of processes and
+        devices, any sharding.
+      iterator: an iterator of the same pipeline, with `set_state(dict)`; set to where it stood when the checkpoint was
+        saved.
 
     Returns:
       The restored state, or None if the directory has no checkpoint.
@@ -106,39 +114,32 @@ class Checkpoints:
       FingerprintError: the newest readable checkpoint belongs to another run; names the entries that differ.
       CheckpointError: there are checkpoints but none can be read; gives the reason for each.
     """
+    self.wait()
     unreadable = {}
-    for step in reversed(self._manager.all_steps()):
+    for step in reversed(storage.steps_in(self.directory)):
       try:
         state = self._restore(step, abstract_state, iterator)
-      except _UnreadableError as error:
+      except UnreadableError as error:
         unreadable[step] = str(error)
         continue
       _warn(self.directory, unreadable, step)
-      self._set_aside(unreadable)
+      self._writer.set_aside(list(unreadable))
       return state
     _raise_if_any(self.directory, unreadable)
     return None
 
   def _restore(self, step: int, abstract_state: TrainState, iterator: Any) -> TrainState:
-    saved = _read(self._manager, step, fingerprint=ocp.args.JsonRestore(), manifest=ocp.args.JsonRestore())
-    given, where = describe(abstract_state), f"checkpoint {step} in {self.directory}"
-    differences = _differences(saved["fingerprint"], self._fingerprint)
-    if differences := differences or _differences(_described(saved["manifest"]), given):
+    fingerprint, saved, position = (_value(self.directory, step, name) for name in ("fingerprint", "manifest", "data"))
+    differences = _differences(fingerprint, self._fingerprint)
+    if differences := differences or _differences(_described(saved), describe(abstract_state)):
       raise FingerprintError(
-        f"{where} belongs to another run: {differences}; restore these settings or use another directory"
+        f"checkpoint {step} in {self.directory} belongs to another run: {differences}; restore these settings or use "
+        "another directory"
       )
-    state_args, data_args = ocp.args.StandardRestore(abstract_state), grain.checkpoint.CheckpointRestore(iterator)
-    state = _read(self._manager, step, state=state_args, data=data_args)["state"]
-    _verify(state, saved["manifest"])
+    state = storage.together(lambda: storage.read_arrays(self.directory, step, "state", abstract_state))
+    storage.verify(state, saved)
+    storage.together(lambda: iterator.set_state(position))
     return state
-
-  def _set_aside(self, steps: dict[int, str]) -> None:
-    for step in steps:
-      target = self.directory / f"{step}.corrupt"
-      shutil.rmtree(target, ignore_errors=True)
-      (self.directory / str(step)).rename(target)
-    if steps:
-      self._manager.reload()
 
 
 def load_params(directory: str | Path, abstract_params: PyTree, *, ema: bool = True) -> tuple[PyTree, int]:
@@ -164,7 +165,7 @@ def load_params(directory: str | Path, abstract_params: PyTree, *, ema: bool = T
     ```
   """
   group = "ema_params" if ema else "params"
-  return _newest(directory, lambda manager, step: _read_params(manager, step, group, abstract_params))
+  return _newest(directory, lambda path, step: _read_params(path, step, group, abstract_params))
 
 
 def load_fingerprint(directory: str | Path) -> dict[str, Any]:
@@ -181,35 +182,34 @@ def load_fingerprint(directory: str | Path) -> dict[str, Any]:
     CheckpointError: there are checkpoints but none can be read.
   """
 
-  def read(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return _read(manager, step, fingerprint=ocp.args.JsonRestore())["fingerprint"]
-
-  return _newest(directory, read, warn=False)[0]
+  return _newest(directory, lambda path, step: _value(path, step, "fingerprint"), warn=False)[0]
 
 
-def _newest(directory: str | Path, read: Callable[..., Any], warn: bool = True) -> tuple[Any, int]:
-  """What `read(manager, step)` returns of the newest checkpoint that it can read, and its step."""
+def _newest(directory: str | Path, read: Callable[[Path, int], Any], warn: bool = True) -> tuple[Any, int]:
+  """What `read(directory, step)` returns of the newest checkpoint that it can read, and its step."""
   directory, unreadable = Path(directory).absolute(), {}
-  if directory.is_dir():
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False)) as manager:
-      for step in reversed(manager.all_steps()):
-        try:
-          result = read(manager, step)
-        except _UnreadableError as error:
-          unreadable[step] = str(error)
-          continue
-        if warn:
-          _warn(directory, unreadable, step)
-        return result, step
+  for step in reversed(storage.steps_in(directory)):
+    try:
+      result = read(directory, step)
+    except UnreadableError as error:
+      unreadable[step] = str(error)
+      continue
+    if warn:
+      _warn(directory, unreadable, step)
+    return result, step
   _raise_if_any(directory, unreadable)
   raise ValueError(
     f"directory={str(directory)!r} holds no checkpoint: train first, or give the directory of a trained run"
   )
 
 
-def _read_params(manager: ocp.CheckpointManager, step: int, group: str, abstract_params: PyTree) -> PyTree:
-  saved = _read(manager, step, manifest=ocp.args.JsonRestore())["manifest"]
-  saved = {path.removeprefix(f".{group}"): entry for path, entry in saved.items() if path.startswith(f".{group}")}
+def _value(directory: Path, step: int, name: str) -> dict[str, Any]:
+  return storage.together(lambda: storage.read_value(directory, step, name))
+
+
+def _read_params(directory: Path, step: int, group: str, abstract_params: PyTree) -> PyTree:
+  entries = _value(directory, step, "manifest").items()
+  saved = {path.removeprefix(f".{group}"): entry for path, entry in entries if path.startswith(f".{group}")}
   shapes = {path: entry["shape"] for path, entry in describe(abstract_params).items()}
   if differences := _differences({path: entry["shape"] for path, entry in saved.items()}, shapes):
     raise ValueError(
@@ -217,31 +217,13 @@ def _read_params(manager: ocp.CheckpointManager, step: int, group: str, abstract
     )
 
   def target(path, leaf):
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, saved[jax.tree_util.keystr(path)]["dtype"], sharding=sharding)
 
   item = {group: jax.tree_util.tree_map_with_path(target, abstract_params)}
-  restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-  args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-  params = _read(manager, step, state=args)["state"][group]
-  _verify(params, saved)
+  params = storage.together(lambda: storage.read_arrays(directory, step, "state", item))[group]
+  storage.verify(params, saved)
   return params
-
-
-def _read(manager: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs) -> dict[str, Any]:
-  """Restores items; for damaged ones orbax raises anything from KeyError to a bare Exception."""
-  try:
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
-  except (MemoryError, jax.errors.JaxRuntimeError):
-    raise
-  except Exception as error:
-    raise _UnreadableError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-  return {name: restored[name] for name in items}
-
-
-def _verify(tree: PyTree, saved: Manifest) -> None:
-  if changed := [path for path, entry in manifest(tree).items() if entry != saved[path]]:
-    raise _UnreadableError(f"the checksums of {len(changed)} arrays do not match, first {changed[0]}")
 
 
 def _described(saved: Manifest) -> Manifest:

@@ -5,11 +5,15 @@ Randomness, for step s (updates done so far), global index i in the batch and ba
   time        u_i = frac(u + i / B),  u ~ U[0, 1) from fold_in(fold_in(key, s), 2^32 - 1), which no index can reach
 so one u_i falls into every cell of width 1/B, and neither depends on how the batch is laid out over devices.
 
-Mean and cross-device sum happen here and only here: loss = sum over all examples / B.
-Moving average: ema <- ema + (1 - d_s) (params - ema) with d_s = min(ema_decay, (1 + s) / (10 + s)).
+Mean and cross-device sum happen here and only here: loss = sum over all examples / B. With m microbatches, number j
+holds the rows j, j + m, j + 2 m, ... (of every device the same, so nothing moves), and the gradients are summed one
+after the other: the loss and its gradient are the same up to rounding, the memory for activations is 1/m.
+
+A step whose loss or gradient is not finite leaves parameters, averages and optimizer state as they were and is counted.
+The averages are in `jaxdiff.training.ema`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,9 +22,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxdiff.training import ema
 from jaxdiff.training.state import TrainState, wide
 
 _TIME_STREAM = np.uint32(2**32 - 1)
+_TAKEN = {"loss", "grad_norm", "skipped", "skipped_in_a_row"}
 
 
 @runtime_checkable
@@ -48,27 +54,36 @@ def stratified_uniforms(
 
 
 def make_train_step(
-  objective: Objective, optimizer: optax.GradientTransformation, ema_decay: float, global_batch: int
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  global_batch: int,
+  *,
+  ema_lengths: Sequence[float] = (),
+  microbatches: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
   """Makes `train_step(state, batch, index, axis_name=None) -> (state, metrics)`.
 
   `batch` is a dict of arrays [b, ...] and `index` int32 [b] their global positions in the batch. Without `axis_name` b
   is the global batch (under `jax.jit`, on any sharding); inside `pmap` or `shard_map` b is the local share and
-  `axis_name` the mapped axis to sum over. `metrics` are the means over the global batch of the loss ("loss") and of
-  each aux array, and "grad_norm", the global norm before clipping: float scalars left on the device. Loss and
-  grad_norm are non-finite if and when the step is.
+  `axis_name` the mapped axis to sum over. `metrics` are float scalars left on the device: the means over the global
+  batch of the loss ("loss") and of each aux array, "grad_norm", the global norm before clipping, "skipped", 1 if loss
+  or grad_norm is not finite and the step therefore changed nothing, else 0, and "skipped_in_a_row".
 
   Args:
     objective: `objective(params, keys, batch) -> (loss [b], aux)`, see `Objective`.
     optimizer: an Optax transformation; `init_state` must have got the same one.
     ema_decay: asymptotic decay of the moving average per step, in [0, 1).
     global_batch: number of examples of a step over all devices.
+    ema_lengths: relative widths of the power-function averages, each in (0, 1 / sqrt(12)]; `init_state` must have got
+      as many.
+    microbatches: in how many parts, one after the other, a device takes its examples.
 
   Returns:
     The pure train step; compile it with `jaxdiff.parallel.jit_train_step`.
 
   Raises:
-    ValueError: `ema_decay` or `global_batch` is out of range; when traced, wrong shapes or names from the objective.
+    ValueError: an argument is out of range; when traced, wrong shapes or names from the objective.
 
   Example:
     >>> objective = lambda params, keys, batch: ((params - batch["x"]) ** 2, {})
@@ -84,23 +99,30 @@ def make_train_step(
     raise ValueError(f"ema_decay={ema_decay!r}: must be in [0, 1)")
   if global_batch < 1:
     raise ValueError(f"global_batch={global_batch!r}: must be at least 1")
+  if microbatches < 1 or global_batch % microbatches:
+    raise ValueError(f"microbatches={microbatches!r}: must be a divisor of global_batch={global_batch}")
+  for length in ema_lengths:
+    ema.exponent(length)
 
   def train_step(state: TrainState, batch: dict[str, Any], index: Int[Array, "b"], axis_name: str | None = None):
-    _check_index(index, batch, global_batch, axis_name)
+    _check_index(index, batch, global_batch, microbatches, axis_name)
+    if len(state.averages) != len(ema_lengths):
+      raise ValueError(f"state: has {len(state.averages)} averages; give init_state ema_lengths={tuple(ema_lengths)!r}")
     keys = noise_keys(state.key, state.step, index)
     batch = {**batch, "u": stratified_uniforms(state.key, state.step, index, global_batch)}
 
-    def mean_loss(params):
+    def mean_loss(params, keys, batch):
       losses, aux = objective(params, keys, batch)
-      _check_objective(losses, aux, index)
+      _check_objective(losses, aux, keys)
       means = jax.tree.map(lambda v: _sum(v) / global_batch, {"loss": losses, **aux})
       return means["loss"], means
 
     params = state.params
     if axis_name is not None:
       # Differentiated as each device's own, or shard_map would sum the gradient over devices before psum does.
-      params = jax.tree.map(lambda p: jax.lax.pcast(p, axis_name, to="varying"), params)
-    grads, metrics = jax.grad(mean_loss, has_aux=True)(params)
+      params = _varying(params, axis_name)
+    gradient = jax.grad(mean_loss, has_aux=True)
+    grads, metrics = _accumulate(gradient, params, (keys, batch), microbatches, axis_name)
     if axis_name is not None:
       grads, metrics = jax.lax.psum((grads, metrics), axis_name)
 
@@ -108,36 +130,76 @@ def make_train_step(
       metrics["grad_norm"] = optax.tree.norm(grads)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    ema_params = _average(state.ema_params, params, state.step, ema_decay)
-    return TrainState(state.step + 1, params, ema_params, opt_state, state.key), metrics
+    updated = state._replace(
+      params=params,
+      ema_params=ema.decay_update(state.ema_params, params, state.step, ema_decay),
+      opt_state=opt_state,
+      averages=tuple(
+        ema.power_update(average, params, state.step, length)
+        for average, length in zip(state.averages, ema_lengths, strict=True)
+      ),
+    )
+    return _keep_finite(state, updated, metrics)
 
   return train_step
+
+
+def _accumulate(
+  gradient: Callable[..., tuple[PyTree, PyTree]], params: PyTree, examples: PyTree, parts: int, axis_name: str | None
+) -> tuple[PyTree, PyTree]:
+  """The sum of `gradient(params, *part)` over the parts of `examples`, one after the other."""
+  if parts == 1:
+    return gradient(params, *examples)
+  examples = jax.tree.map(lambda v: jnp.moveaxis(v.reshape(-1, parts, *v.shape[1:]), 1, 0), examples)
+  shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda v: v[0], examples))
+  zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), shapes)
+  if axis_name is not None:
+    zeros = _varying(zeros, axis_name)
+  add = lambda sums, part: (jax.tree.map(lambda s, v: s + v.astype(s.dtype), sums, gradient(params, *part)), None)
+  sums, _ = jax.lax.scan(add, zeros, examples)
+  return jax.tree.map(lambda s, v: s.astype(v.dtype), sums, shapes)
+
+
+def _keep_finite(
+  before: TrainState, after: TrainState, metrics: dict[str, Array]
+) -> tuple[TrainState, dict[str, Array]]:
+  """`after`, or `before` if loss or gradient is not finite, at the next step, with what was skipped counted."""
+  finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+  kept = jax.tree.map(lambda old, new: jax.lax.select(finite, new, old), before, after)
+  skipped = 1 - finite.astype(jnp.int32)
+  in_a_row = skipped * (before.skipped_in_a_row + 1)
+  metrics |= {"skipped": skipped.astype(jnp.float32), "skipped_in_a_row": in_a_row.astype(jnp.float32)}
+  return kept._replace(step=before.step + 1, skipped=before.skipped + skipped, skipped_in_a_row=in_a_row), metrics
+
+
+def _varying(tree: PyTree, axis_name: str) -> PyTree:
+  return jax.tree.map(lambda v: jax.lax.pcast(v, axis_name, to="varying"), tree)
 
 
 def _sum(values: Array) -> Array:
   return jnp.sum(values.astype(wide(values.dtype)))
 
 
-def _average(ema_params: PyTree, params: PyTree, step: Int[Array, ""], ema_decay: float) -> PyTree:
-  done = step.astype(jnp.float32)
-  rate = jnp.maximum(1 - ema_decay, 9 / (10 + done))
-  return jax.tree.map(lambda e, p: e + rate.astype(e.dtype) * (p.astype(e.dtype) - e), ema_params, params)
-
-
-def _check_index(index: Array, batch: dict[str, Any], global_batch: int, axis_name: str | None) -> None:
+def _check_index(
+  index: Array, batch: dict[str, Any], global_batch: int, microbatches: int, axis_name: str | None
+) -> None:
   devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   if index.shape != (global_batch // devices,) or global_batch % devices:
     raise ValueError(
       f"index: shape {index.shape} on {devices} mapped devices does not make up global_batch={global_batch}; "
       "give make_train_step the batch size of the data"
     )
+  if index.shape[0] % microbatches:
+    raise ValueError(
+      f"microbatches={microbatches}: must divide the {index.shape[0]} examples of each of the {devices} mapped devices"
+    )
   if "u" in batch:
     raise ValueError('batch: the name "u" is taken by the stratified uniforms of the train step; rename this entry')
 
 
-def _check_objective(losses: Array, aux: dict[str, Array], index: Array) -> None:
+def _check_objective(losses: Array, aux: dict[str, Array], keys: Array) -> None:
   for name, value in {"loss": losses, **{f"aux[{name!r}]": value for name, value in aux.items()}}.items():
-    if value.shape != index.shape:
-      raise ValueError(f"objective: {name} has shape {value.shape}, needs one value per example, {index.shape}")
-  if taken := {"loss", "grad_norm"} & aux.keys():
+    if value.shape != keys.shape:
+      raise ValueError(f"objective: {name} has shape {value.shape}, needs one value per example, {keys.shape}")
+  if taken := _TAKEN & aux.keys():
     raise ValueError(f"objective: the aux names {sorted(taken)} are taken by the train step; rename them")

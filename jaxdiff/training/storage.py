@@ -1,0 +1,171 @@
+"""Steps on disk: items in one directory a step, written by orbax all or none, read by every process for itself.
+
+Orbax writes a step under a temporary name and renames it when all processes have written their part, so a directory
+whose name is a number is complete. JSON items carry a checksum of themselves, arrays those of their manifest.
+
+Orbax's own restore ends in a barrier, which a process that cannot read its part never reaches: the others would wait
+for it until a time-out. So every process reads without barriers, all exchange what went wrong (`together`), and all
+go on or all give up. Nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from jaxdiff.training.manifest import Manifest, manifest
+
+T = TypeVar("T")
+_CHECKSUM = "__crc32__"
+_FULL = ("No space left", "File too large", "quota exceeded")  # ENOSPC, EFBIG, EDQUOT
+
+
+class CheckpointError(RuntimeError):
+  """There are checkpoints, but none of them can be read; or one could not be written."""
+
+
+class SaveError(CheckpointError):
+  """A step could not be written: the disk is full, for example. Those written before stay."""
+
+
+class UnreadableError(Exception):
+  """This step is damaged."""
+
+
+class StepWriter:
+  """Writes steps into a directory in the background; an error is raised by the next call.
+
+  Args:
+    directory: where the step directories go; created if missing. What was left unfinished there is removed.
+    keep: how many of the newest to keep; None for all.
+    keep_every: of the older ones, those whose step is a multiple of this stay too.
+  """
+
+  def __init__(self, directory: str | Path, keep: int | None = None, keep_every: int | None = None):
+    self.directory = Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def save(self, step: int, arrays: dict[str, PyTree], values: dict[str, dict]) -> None:
+    """Writes pytrees of arrays, which may change once this returns, and dicts of JSON values."""
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items |= {name: ocp.args.JsonSave(_sealed(value)) for name, value in values.items()}
+    with self._errors():
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def wait(self) -> None:
+    """Returns when everything saved so far is complete on disk."""
+    with self._errors():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the threads."""
+    with self._errors():
+      self._manager.close()
+
+  def set_aside(self, steps: list[int]) -> None:
+    """Renames damaged steps to "<step>.corrupt", so that they can be written again."""
+    if steps and jax.process_index() == 0:
+      for step in steps:
+        target = self.directory / f"{step}.corrupt"
+        shutil.rmtree(target, ignore_errors=True)
+        (self.directory / str(step)).rename(target)
+    if steps:
+      together(lambda: None)
+      self._manager.reload()
+
+  @contextlib.contextmanager
+  def _errors(self):
+    try:
+      yield
+    except (MemoryError, ocp.checkpoint_manager.StepAlreadyExistsError):
+      raise
+    except Exception as error:
+      text = _one_line(error)
+      full = any(words.lower() in text.lower() for words in _FULL)
+      complete = steps_in(self.directory)
+      kept = f"the last complete one is of step {complete[-1]} and stays" if complete else "there is no complete one"
+      raise SaveError(
+        f"writing to {self.directory} failed{': the disk is full, or a limit on it is reached' if full else ''} "
+        f"({text}); {kept}. {'Free space' if full else 'Mend the cause'} and start again to continue from there"
+      ) from error
+
+
+def steps_in(directory: Path) -> list[int]:
+  """The complete steps, in order; the same on all processes if they see the same directory."""
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def read_value(directory: Path, step: int, name: str) -> dict[str, Any]:
+  """Reads the JSON item `name`; call it in `together`."""
+  value = json.loads((directory / str(step) / name / "metadata").read_text())
+  if value.pop(_CHECKSUM, None) not in (None, _checksum(value)):  # those of version 0.1 have none
+    raise ValueError(f"the checksum of {name} does not match")
+  return value
+
+
+def read_arrays(directory: Path, step: int, name: str, abstract: PyTree) -> PyTree:
+  """Reads the item `name`, or what `abstract` has of it, onto the shardings of `abstract`; call it in `together`."""
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    return handler.restore(directory / str(step) / name, args=args)
+
+
+def verify(tree: PyTree, saved: Manifest) -> None:
+  """Compares arrays with the manifest written beside them.
+
+  Raises:
+    UnreadableError: they differ.
+  """
+  if changed := [path for path, entry in manifest(tree).items() if entry != saved[path]]:
+    raise UnreadableError(f"the checksums of {len(changed)} arrays do not match, first {changed[0]}")
+
+
+def together(read: Callable[[], T]) -> T:
+  """What `read()` returns, on all processes or on none.
+
+  Args:
+    read: reads files, and waits for no other process; for damaged ones orbax raises anything from KeyError to a bare
+      Exception.
+
+  Raises:
+    UnreadableError: on every process if `read` failed on one.
+  """
+  result, reason = None, ""
+  try:
+    result = read()
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    reason = _one_line(error)
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(bool(reason)))
+    if failed.any():
+      reason = reason or f"process {int(np.argmax(failed))} cannot read it"
+  if reason:
+    raise UnreadableError(reason)
+  return result
+
+
+def _sealed(value: dict[str, Any]) -> dict[str, Any]:
+  return {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value)))}
+
+
+def _checksum(value: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _one_line(error: BaseException) -> str:
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
