@@ -102,16 +102,25 @@ def main(argv: list[str] | None = None) -> None:
 
 def _join(command: str, launch: Any) -> None:
   """Make this one of several processes, if it is."""
+  import jax
+
   from jaxdiff import parallel
 
   if not (launch.distributed or launch.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ):
     return
   if command == "evaluate":
     _leave(2, "evaluate runs on one process; start it without --distributed, --coordinator and JAX_COORDINATOR_ADDRESS")
+  if command != "train":
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends it: there is no step to save
   try:
     parallel.join(launch.coordinator, launch.processes, launch.process, launch.timeout)
   except (ValueError, RuntimeError, TimeoutError) as error:
     _leave(2, f"the processes do not find each other: {error}")
+  if not jax.distributed.is_initialized():
+    _leave(
+      2,
+      "--distributed: JAX finds no TPU pod, GKE, Slurm or Open MPI here; give --coordinator, --processes and --process",
+    )
 
 
 def _run(command: str, argv: list[str]) -> None:

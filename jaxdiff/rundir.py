@@ -127,18 +127,23 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Within this context the first SIGTERM or Ctrl-C is noted in `signum`; a second one ends the process at once."""
+  """Within this context the first SIGTERM or Ctrl-C is noted in `signum`; a second one ends the process at once.
+
+  Of several processes, each passes on to all that it was to stop (`parallel.preempted`): they stop after the same step.
+  """
 
   signum: int | None = None
 
   def agreed(self, step: int) -> bool:
-    """Whether to stop after this step: the same on all processes, if only one got the signal."""
-    if self.signum is None and parallel.preempted(step):
+    """Whether to stop after this step: the same on all processes."""
+    if parallel.preempted(step):
       self.signum = signal.SIGTERM
     return self.signum is not None
 
   def __enter__(self) -> "StopSignal":
-    self._usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM
+    numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+    self._usual = {number: signal.signal(number, self._note if alone else self._pass_on) for number in numbers}
     return self
 
   def __exit__(self, *exc_info) -> None:
@@ -149,3 +154,8 @@ class StopSignal:
     self.signum = signum
     self.__exit__()
     os.write(2, b"\njaxdiff: saving a checkpoint after this step; once more to end at once\n")
+
+  def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+    self.__exit__()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.write(2, b"\njaxdiff: all processes will save a checkpoint; once more to end this one at once\n")
