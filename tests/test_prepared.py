@@ -1,4 +1,4 @@
-"""Prepared data: what is written is read, whatever has changed on disk is named, and nothing unfinished looks complete."""
+"""Prepared data: what is written is read, what has changed on disk is named, and nothing unfinished looks complete."""
 
 import concurrent.futures
 import dataclasses

@@ -120,7 +120,5 @@ def _describe(manifest: Manifest, folder: Path) -> None:
     labels = f"{len(manifest.classes)} classes"
   print(f"{manifest.name} in {folder}: {manifest.dtype}{list(manifest.shape)}, {kind}, {labels}")
   for name, split in manifest.splits.items():
-    size = sum(file.bytes for file in split.files) / 1e6
-    print(
-      f"  {name}: {split.count} examples, {size:.1f} MB in {len(split.files)} file(s), pixels sha256 {split.pixels}"
-    )
+    files = f"{sum(file.bytes for file in split.files) / 1e6:.1f} MB in {len(split.files)} file(s)"
+    print(f"  {name}: {split.count} examples, {files}, pixels sha256 {split.pixels}")

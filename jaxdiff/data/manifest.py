@@ -128,11 +128,8 @@ def _manifest(plain: Any) -> Manifest:
   classes = plain.pop("classes")
   shape = tuple(_whole(n, least=1) for n in plain.pop("shape"))
   made = Manifest(shape=shape, splits=splits, classes=None if classes is None else tuple(classes), **plain)
-  if (
-    made.dtype not in _KINDS
-    or not isinstance(made.labelled, bool)
-    or (made.levels is None) != (made.stored.kind == "f")
-  ):
+  known = made.dtype in _KINDS and isinstance(made.labelled, bool)
+  if not known or (made.levels is None) != (made.dtype == "float32"):
     raise ValueError(f"dtype {made.dtype!r}, levels {made.levels!r}, labelled {made.labelled!r}")
   return made
 

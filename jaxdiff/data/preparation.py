@@ -1,4 +1,4 @@
-"""From raw files to prepared data: Fashion-MNIST, emoji, image folders and .npz files, each as a folder of array_record.
+"""From raw files to prepared data: Fashion-MNIST, emoji, image folders and .npz files.
 
 Every function reads raw files, writes `output` by `prepared.write` and returns the manifest. The same raw files give
 the same bytes. Where the raw data have no test set, a tenth of them is it, chosen by a fixed permutation.
@@ -36,7 +36,8 @@ _CLOTHES = (
 )
 _SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def fashion_mnist(raw: Path, output: Path) -> Manifest:
@@ -50,11 +51,11 @@ def fashion_mnist(raw: Path, output: Path) -> Manifest:
     FileNotFoundError: a raw file is not there.
     ValueError: a raw file is damaged. Pixels other than the published ones only give a warning.
   """
-  parts = {}
+  parts: dict[str, Part] = {}
   for split, (stem, published) in _FASHION_MNIST.items():
     x = read_idx(_find(raw, f"{stem}-images-idx3-ubyte.gz"))
     label = read_idx(_find(raw, f"{stem}-labels-idx1-ubyte.gz"))
-    if x.ndim != 3 or label.shape != x.shape[:1] or len(x) == 0:
+    if x.shape[1:] != (28, 28) or label.shape != x.shape[:1] or len(x) == 0:
       raise ValueError(f"input: the {stem} files under {raw} hold images {x.shape} and labels {label.shape}")
     if label.max() >= len(_CLOTHES):
       raise ValueError(f"input: the {stem} files under {raw} hold the label {label.max()}, above {len(_CLOTHES) - 1}")
@@ -62,7 +63,12 @@ def fashion_mnist(raw: Path, output: Path) -> Manifest:
       warnings.warn(f"the {split} images under {raw} are not the published ones: sha256 {found}", stacklevel=1)
     parts[split] = Part(len(x), zip(x[..., None], label.tolist(), strict=True))
   about = Manifest(
-    *("fashion_mnist", (*x.shape[1:], 1), "uint8", 256, True, _CLOTHES),
+    name="fashion_mnist",
+    shape=(28, 28, 1),
+    dtype="uint8",
+    levels=256,
+    labelled=True,
+    classes=_CLOTHES,
     source={"kind": "fashion_mnist"},
     command="jaxdiff data fashion_mnist --input=DIR --output=DIR",
   )
@@ -89,9 +95,7 @@ def read_idx(path: Path) -> np.ndarray:
 def _find(raw: Path, name: str) -> Path:
   found = sorted(Path(raw).rglob(name))
   if not found:
-    raise FileNotFoundError(
-      f"input: there is no {name} in {raw}; jaxdiff data --help says where the raw files are from"
-    )
+    raise FileNotFoundError(f"input: there is no {name} in {raw}; jaxdiff data --help says where to get the raw files")
   return found[0]
 
 
@@ -113,7 +117,7 @@ def emoji(raw: Path, output: Path, size: int = 64) -> Manifest:
   raw = Path(raw)
   path = raw / "emoji.json"
   if not path.is_file():
-    raise FileNotFoundError(f"input: there is no {path}; jaxdiff data --help says where the raw files are from")
+    raise FileNotFoundError(f"input: there is no {path}; jaxdiff data --help says where to get the raw files")
   try:
     entries, texts, links = _emoji_texts(json.loads(path.read_text(encoding="utf-8")))
     version = json.loads((raw / "package.json").read_text(encoding="utf-8"))
@@ -129,7 +133,12 @@ def emoji(raw: Path, output: Path, size: int = 64) -> Manifest:
     pairs = ((x[i], label[i]) for i in rows)
     parts[split] = Part(len(rows), pairs, [texts[i] for i in rows])
   about = Manifest(
-    *("emoji", (size, size, 3), "uint8", 256, True, tuple(classes)),
+    name="emoji",
+    shape=(size, size, 3),
+    dtype="uint8",
+    levels=256,
+    labelled=True,
+    classes=tuple(classes),
     source={"kind": "emoji", "package": package, "size": size, "test_fraction": _TEST_FRACTION, "seed": _SEED},
     command=f"jaxdiff data emoji --input=DIR --output=DIR --size={size}",
   )
@@ -138,7 +147,10 @@ def emoji(raw: Path, output: Path, size: int = 64) -> Manifest:
 
 def _emoji_texts(bases: list[dict[str, Any]]) -> tuple[list[dict], list[dict], list[tuple[int, int]]]:
   """Returns the entries that have an image, what is said of each, and pairs of those that must not be separated."""
-  entries, texts, links, first = [], [], [], {}
+  entries: list[dict] = []
+  texts: list[dict] = []
+  links: list[tuple[int, int]] = []
+  first: dict[str, int] = {}
   for base in bases:
     for tones, entry in (("", base), *base.get("skin_variations", {}).items()):
       if not entry["has_img_google"]:
@@ -199,7 +211,12 @@ def folder(raw: Path, output: Path, size: int = 64, channels: int = 3) -> Manife
     parts[split] = Part(len(chosen), zip(images, labels, strict=True))
   options = {"size": size, "channels": channels}
   about = Manifest(
-    *(f"folder/{raw.resolve().name}", (size, size, channels), "uint8", 256, bool(classes), tuple(classes) or None),
+    name=f"folder/{raw.resolve().name}",
+    shape=(size, size, channels),
+    dtype="uint8",
+    levels=256,
+    labelled=bool(classes),
+    classes=tuple(classes) or None,
     source={"kind": "folder", **options, "test_fraction": _TEST_FRACTION, "seed": _SEED},
     command=f"jaxdiff data folder PATH --output=DIR --size={size} --channels={channels}",
   )
@@ -223,7 +240,12 @@ def npz(raw: Path, output: Path, levels: int | None = None) -> Manifest:
   first = read["train"].examples[0]
   parts = {split: Part(len(source), _pairs(source)) for split, source in read.items()}
   about = Manifest(
-    *(f"npz/{raw.name}", read["train"].shape, first["x"].dtype.name, levels, "label" in first, None),
+    name=f"npz/{raw.name}",
+    shape=read["train"].shape,
+    dtype=first["x"].dtype.name,
+    levels=levels,
+    labelled="label" in first,
+    classes=None,
     source={"kind": "npz", "levels": levels, "test_fraction": _TEST_FRACTION, "seed": _SEED},
     command="jaxdiff data npz PATH --output=DIR" + (f" --levels={levels}" if levels else ""),
   )

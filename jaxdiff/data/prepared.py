@@ -97,12 +97,12 @@ class Part(NamedTuple):
   """A split to be written.
 
   Attributes:
-    count: number of examples.
+    total: number of examples.
     examples: (x, label) in order; the label is None where the data have none. Read once, one example at a time.
     texts: something in words about each example, in the same order.
   """
 
-  count: int
+  total: int
   examples: Iterable[tuple[np.ndarray, int | None]]
   texts: Sequence[Mapping[str, Any]] | None = None
 
@@ -121,7 +121,7 @@ def write(output: Path, about: Manifest, parts: Mapping[str, Part], shard_bytes:
 
   Raises:
     FileExistsError: `output` is there already.
-    ValueError: an example has another shape, type or level than `about` says, or their number is not `count`.
+    ValueError: an example has another shape, type or level than `about` says, or their number is not `total`.
     OSError: the folder cannot be written.
   """
   output = Path(output)
@@ -143,18 +143,18 @@ def write(output: Path, about: Manifest, parts: Mapping[str, Part], shard_bytes:
 
 def _write_split(folder: Path, about: Manifest, name: str, part: Part, shard_bytes: int) -> Split:
   """Writes the files of a split, of equal numbers of examples up to one."""
-  shards = max(1, min(part.count, -(-part.count * about.record_bytes // shard_bytes)))
+  shards = max(1, min(part.total, -(-part.total * about.record_bytes // shard_bytes)))
   pixels, labels, files = hashlib.sha256(), hashlib.sha256(), []
-  bar = tqdm(part.examples, desc=name, total=part.count, unit="example", disable=None)
+  bar = tqdm(part.examples, desc=name, total=part.total, unit="example", disable=None)
   records = _records(iter(bar), about, pixels, labels)
   for shard in range(shards):
-    count = part.count * (shard + 1) // shards - part.count * shard // shards
+    count = part.total * (shard + 1) // shards - part.total * shard // shards
     path = folder / f"{name}-{shard:05d}-of-{shards:05d}.array_record"
     files.append(_write_file(path, records, count))
   if next(records, None) is not None:
-    raise ValueError(f"count: {name!r} has more than the {part.count} examples announced")
+    raise ValueError(f"total: {name!r} has more than the {part.total} examples announced")
   texts = None if part.texts is None else _write_texts(folder / f"{name}.jsonl", part.texts)
-  return Split(part.count, pixels.hexdigest(), labels.hexdigest() if about.labelled else None, tuple(files), texts)
+  return Split(part.total, pixels.hexdigest(), labels.hexdigest() if about.labelled else None, tuple(files), texts)
 
 
 def _records(examples: Iterator[tuple[np.ndarray, int | None]], about: Manifest, pixels: Any, labels: Any) -> Any:
@@ -187,7 +187,7 @@ def _write_file(path: Path, records: Iterator[bytes], count: int) -> File:
   except RuntimeError as error:  # what array_record makes of any trouble with the disk
     raise OSError(f"{path} cannot be written: {error}") from error
   if written != count:
-    raise ValueError(f"count: {path.name} got {written} examples where {count} were announced")
+    raise ValueError(f"total: {path.name} got {written} examples where {count} were announced")
   reader = ArrayRecordReader(str(path), options=_READER)
   if reader.num_records() != count:
     raise OSError(f"{path} holds {reader.num_records()} of {count} records: is the disk full?")

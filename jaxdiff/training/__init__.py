@@ -3,6 +3,7 @@
 from jaxdiff.training.checkpoint import Checkpoints, FingerprintError, load_fingerprint, load_params
 from jaxdiff.training.loop import Hook, NonFiniteError, train
 from jaxdiff.training.optimizer import make_optimizer
+from jaxdiff.training.snapshots import Snapshots, reconstruct
 from jaxdiff.training.state import TrainState, abstract_state, init_state
 from jaxdiff.training.step import make_train_step
 from jaxdiff.training.storage import CheckpointError, SaveError
@@ -14,6 +15,7 @@ __all__ = [
   "Hook",
   "NonFiniteError",
   "SaveError",
+  "Snapshots",
   "TrainState",
   "abstract_state",
   "init_state",
@@ -21,5 +23,6 @@ __all__ = [
   "load_params",
   "make_optimizer",
   "make_train_step",
+  "reconstruct",
   "train",
 ]

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
 from jaxdiff.training import storage
-from jaxdiff.training.manifest import Manifest, describe, manifest
+from jaxdiff.training.manifest import describe, differences, manifest, within
 from jaxdiff.training.state import TrainState
 from jaxdiff.training.storage import CheckpointError, UnreadableError
 
@@ -130,10 +129,10 @@ class Checkpoints:
 
   def _restore(self, step: int, abstract_state: TrainState, iterator: Any) -> TrainState:
     fingerprint, saved, position = (_value(self.directory, step, name) for name in ("fingerprint", "manifest", "data"))
-    differences = _differences(fingerprint, self._fingerprint)
-    if differences := differences or _differences(_described(saved), describe(abstract_state)):
+    arrays = {path: {"shape": entry["shape"], "dtype": entry["dtype"]} for path, entry in saved.items()}
+    if found := differences(fingerprint, self._fingerprint) or differences(arrays, describe(abstract_state)):
       raise FingerprintError(
-        f"checkpoint {step} in {self.directory} belongs to another run: {differences}; restore these settings or use "
+        f"checkpoint {step} in {self.directory} belongs to another run: {found}; restore these settings or use "
         "another directory"
       )
     state = storage.together(lambda: storage.read_arrays(self.directory, step, "state", abstract_state))
@@ -208,43 +207,11 @@ def _value(directory: Path, step: int, name: str) -> dict[str, Any]:
 
 
 def _read_params(directory: Path, step: int, group: str, abstract_params: PyTree) -> PyTree:
-  entries = _value(directory, step, "manifest").items()
-  saved = {path.removeprefix(f".{group}"): entry for path, entry in entries if path.startswith(f".{group}")}
-  shapes = {path: entry["shape"] for path, entry in describe(abstract_params).items()}
-  if differences := _differences({path: entry["shape"] for path, entry in saved.items()}, shapes):
-    raise ValueError(
-      f"abstract_params: checkpoint {step} holds another model: {differences}; use the run's own configuration"
-    )
-
-  def target(path, leaf):
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, saved[jax.tree_util.keystr(path)]["dtype"], sharding=sharding)
-
-  item = {group: jax.tree_util.tree_map_with_path(target, abstract_params)}
-  params = storage.together(lambda: storage.read_arrays(directory, step, "state", item))[group]
-  storage.verify(params, saved)
-  return params
-
-
-def _described(saved: Manifest) -> Manifest:
-  return {path: {"shape": entry["shape"], "dtype": entry["dtype"]} for path, entry in saved.items()}
-
-
-def _differences(saved: dict[str, Any], given: dict[str, Any], limit: int = 5) -> str:
-  """The entries of two nested dicts that differ, as text; empty if none."""
-  saved, given = _flatten(saved), _flatten(given)
-  names = [
-    name for name in sorted(saved.keys() | given.keys()) if saved.get(name, "absent") != given.get(name, "absent")
-  ]
-  texts = [f"{name} was {saved.get(name, 'absent')!r}, now {given.get(name, 'absent')!r}" for name in names[:limit]]
-  return ", ".join(texts + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-  return flat
+  saved = _value(directory, step, "manifest")
+  try:
+    return storage.read_saved(directory, step, "state", group, abstract_params, within(saved, f".{group}"))
+  except ValueError as error:
+    raise ValueError(f"abstract_params: {error}; use the run's own configuration") from None
 
 
 def _warn(directory: Path, unreadable: dict[int, str], used: int) -> None:

@@ -8,6 +8,9 @@ exact integer arithmetic: any one changed word changes it, and it does not depen
 devices.
 """
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,17 +44,53 @@ def manifest(tree: PyTree) -> Manifest:
   return {path: {**entry, "checksum": int(c)} for (path, entry), c in zip(entries, checksums, strict=True)}
 
 
+def within(saved: Manifest, prefix: str) -> Manifest:
+  """The entries whose path begins with `prefix`, without it.
+
+  Example:
+    >>> within({"['a']['w']": {}, "['b']['w']": {}}, "['a']")
+    {"['w']": {}}
+  """
+  return {path.removeprefix(prefix): entry for path, entry in saved.items() if path.startswith(prefix)}
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any], limit: int = 5) -> str:
+  """The entries of two nested dicts that differ, as text; empty if none.
+
+  Example:
+    >>> differences({"data": {"seed": 0, "name": "digits"}}, {"data": {"seed": 1, "name": "digits"}})
+    'data.seed was 0, now 1'
+  """
+  saved, given = _flatten(saved), _flatten(given)
+  names = [
+    name for name in sorted(saved.keys() | given.keys()) if saved.get(name, "absent") != given.get(name, "absent")
+  ]
+  texts = [f"{name} was {saved.get(name, 'absent')!r}, now {given.get(name, 'absent')!r}" for name in names[:limit]]
+  return ", ".join(texts + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in tree.items():
+    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+  return flat
+
+
 @jax.jit
-def _checksums(leaves: list[Array]) -> UInt32[Array, "n"]:
-  return jnp.stack([_checksum(leaf) for leaf in leaves])
+def _checksums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
+  return [_checksum(leaf) for leaf in leaves]
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:
+  """No reshaping: each device sums the words that it has, at their positions in the whole array."""
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x = jax.random.key_data(x)
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
   bits = 8 * min(x.dtype.itemsize, 4)
-  words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32).ravel()
-  position = lax.iota(jnp.uint32, words.size)
-  return jnp.sum((2 * position + 1) * words, dtype=jnp.uint32)
+  words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
+  odd = jnp.ones(words.shape, jnp.uint32)
+  for axis in range(words.ndim):
+    stride = jnp.uint32(2 * math.prod(words.shape[axis + 1 :]) % 2**32)
+    odd += stride * lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+  return jnp.sum(odd * words, dtype=jnp.uint32)

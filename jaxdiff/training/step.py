@@ -156,7 +156,8 @@ def _accumulate(
   if axis_name is not None:
     zeros = _varying(zeros, axis_name)
   add = lambda sums, part: (jax.tree.map(lambda s, v: s + v.astype(s.dtype), sums, gradient(params, *part)), None)
-  sums, _ = jax.lax.scan(add, zeros, examples)
+  # Inside a loop, XLA's CPU backend runs convolutions about 15 times slower.
+  sums, _ = jax.lax.scan(add, zeros, examples, unroll=jax.default_backend() == "cpu")
   return jax.tree.map(lambda s, v: s.astype(v.dtype), sums, shapes)
 
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxdiff.training.manifest import Manifest, manifest
+from jaxdiff.training.manifest import Manifest, describe, differences, manifest
 
 T = TypeVar("T")
 _CHECKSUM = "__crc32__"
@@ -131,6 +131,35 @@ def verify(tree: PyTree, saved: Manifest) -> None:
   """
   if changed := [path for path, entry in manifest(tree).items() if entry != saved[path]]:
     raise UnreadableError(f"the checksums of {len(changed)} arrays do not match, first {changed[0]}")
+
+
+def read_saved(directory: Path, step: int, name: str, group: str, abstract: PyTree, saved: Manifest) -> PyTree:
+  """Reads and verifies entry `group` of the item `name`, in the dtypes that it was saved in.
+
+  Args:
+    directory: that of the steps.
+    step: one of them.
+    name: an item with arrays.
+    group: a name at the top of that item.
+    abstract: what is below: names and shapes. Leaves with a sharding are placed there, others on the first device.
+    saved: its manifest.
+
+  Raises:
+    ValueError: `saved` has other names or shapes than `abstract`.
+    UnreadableError: it is damaged.
+  """
+  shapes = [{path: entry["shape"] for path, entry in entries.items()} for entries in (saved, describe(abstract))]
+  if found := differences(*shapes):
+    raise ValueError(f"checkpoint {step} holds another model: {found}")
+
+  def target(path, leaf):
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, saved[jax.tree_util.keystr(path)]["dtype"], sharding=sharding)
+
+  targets = {group: jax.tree_util.tree_map_with_path(target, abstract)}
+  tree = together(lambda: read_arrays(directory, step, name, targets))[group]
+  verify(tree, saved)
+  return tree
 
 
 def together(read: Callable[[], T]) -> T:
