@@ -141,7 +141,8 @@ def make_process(config: Config, params: Any = None) -> Any:
     return made
   process = made.sde() if hasattr(made, "sde") else made
   if params is None or learned(config) is None:
-    _check_process(process)
+    with jax.ensure_compile_time_eval():
+      _check_process(process)
     return process
   if config["sde"].get("learn_ends"):
     return sde.VariancePreserving(params["gamma"])

@@ -16,6 +16,7 @@ from jaxdiff import factory, parallel, training
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.schema import Config, ConfigError
+from jaxdiff.training.snapshots import reconstruct
 
 _DATA = ("name", "count", "shape", "levels", "content")
 
@@ -61,8 +62,9 @@ def fingerprint(config: Config, source: Source) -> dict[str, Any]:
   return {"config": factory.identity(config), "data": pipeline.fingerprint(source, batch_size, seed)}
 
 
-def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
-  """(training source, parameters, step) of the run in the directory.
+def load(workdir: Path, config: Config, ema_length: float | None = None) -> tuple[Source, Any, int]:
+  """(training source, parameters, step) of the run in the directory: of its usual average, or of the power-function
+  average of that relative width, reconstructed from its snapshots.
 
   Raises:
     ConfigError: there is no run, or it was trained with another process, prediction, network or data than the config
@@ -86,7 +88,11 @@ def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
   everywhere = parallel.replicated(parallel.make_mesh(jax.devices()))  # of all processes, as orbax wants it
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
   try:
-    params, step = training.load_params(workdir / "checkpoints", shapes)
+    if ema_length is None:
+      params, step = training.load_params(workdir / "checkpoints", shapes)
+    else:
+      params, step, distance = reconstruct(workdir / "snapshots", shapes, ema_length)
+      print(f"jaxdiff: average of length {ema_length}, reconstructed to {distance:.2%}", file=sys.stderr)
   except ValueError as error:
     raise ConfigError(str(error)) from error
   return source, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), step

@@ -63,6 +63,8 @@ class SampleSettings:
   """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
 
   `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
+  `ema_length` is the relative width of a power-function average, made of the snapshots of the run; None for the usual
+  average.
   """
 
   num: int = 100
@@ -71,6 +73,7 @@ class SampleSettings:
   seed: int = 0
   threshold: Literal["none", "static", "dynamic"] = "none"
   gif: bool = False
+  ema_length: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class LikelihoodSettings:
   The variational bound is averaged over `bound_draws` evaluations of the network an example; 0 leaves it out. Integers
   are dequantized `draws` times, "auto" as the loss had them: uniformly, or by the noise of the process where it took
   the integers themselves. `importance` averages probabilities over the draws instead of their logarithms. In float64
-  the parameters, the data, the process and the network are so.
+  the parameters, the data, the process and the network are so. `ema_length` as in `SampleSettings`.
   """
 
   split: str = "test"
@@ -92,6 +95,7 @@ class LikelihoodSettings:
   draws: int = 1
   importance: bool = False
   dtype: Literal["float32", "float64"] = "float32"
+  ema_length: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,8 @@ class EvaluateSettings:
   """How to measure samples: how many, how many at a time, against which held-out split and up to how many training
   examples (0 for all), by which features, and k of the neighbours of precision and recall, density and coverage.
 
-  `weights` is the path of the file that the features "mobilenet" and "inception" need.
+  `weights` is the path of the file that the features "mobilenet" and "inception" need. `ema_length` as in
+  `SampleSettings`.
   """
 
   num: int = 1000
@@ -111,6 +116,7 @@ class EvaluateSettings:
   manifold_k: int = 3
   coverage_k: int = 5
   seed: int = 0
+  ema_length: float | None = None
 
 
 class ConfigError(ValueError):

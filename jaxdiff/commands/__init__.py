@@ -29,7 +29,7 @@ def sample(config: Config, workdir: Path) -> None:
   """Draw samples of the trained model, on the devices of all processes; the first process writes them."""
   settings, mesh = factory.sample_settings(config), parallel.make_mesh(jax.devices())
   console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
-  source, params, step = rundir.load(workdir, config)
+  source, params, step = rundir.load(workdir, config, settings.ema_length)
   process = factory.make_process(config, params)
   score = _thresholded(factory.make_score(config), process, settings.threshold)
   sampler = factory.make_sampler(config, process)
@@ -90,7 +90,7 @@ def evaluate(config: Config, workdir: Path) -> None:
   """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
   settings, mesh = factory.evaluate_settings(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
-  source, params, step = rundir.load(workdir, config)
+  source, params, step = rundir.load(workdir, config, settings.ema_length)
   held_out = factory.make_source(config, settings.split)
   train = source.gather(np.arange(min(len(source), settings.reference or len(source))))
   unseen = held_out.gather(np.arange(min(len(held_out), settings.num)))["x"]

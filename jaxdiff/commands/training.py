@@ -16,8 +16,9 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import pictures, runs
 from jaxdiff.schema import Config, ConfigError, TrainSettings
-from jaxdiff.training import cost, hooks, snapshots
+from jaxdiff.training import cost, hooks
 from jaxdiff.training.metrics import MetricsWriter, read_metrics
+from jaxdiff.training.snapshots import Snapshots
 from jaxdiff.training.state import TrainState
 
 _BOUND_DRAWS = 4  # of the variational bound in a validation
@@ -136,8 +137,8 @@ def _hooks(
 ) -> Iterator[training.Hook]:
   settings = factory.train_settings(config)
   if settings.ema_lengths:
-    save = snapshots.Snapshots(workdir / "snapshots", settings.ema_lengths).save
-    yield hooks.every(settings.snapshot_every, lambda step, state: save(state), settings.steps)
+    stored = stack.enter_context(Snapshots(workdir / "snapshots", settings.ema_lengths))
+    yield hooks.every(settings.snapshot_every, lambda step, state: stored.save(state), settings.steps)
   if settings.validate_every:
     run = _validation(config, launcher, writer)
     yield hooks.every(settings.validate_every, run, settings.steps)
