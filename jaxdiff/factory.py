@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import json
 import warnings
@@ -228,6 +229,8 @@ def train_settings(config: Config) -> TrainSettings:
   _at_least("train", settings, 0, "sample_every", "validate_every")
   if settings.keep_every is not None:
     _at_least("train", settings, 1, "keep_every")
+  if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
+    raise ConfigError(f"config.train.wandb = {settings.wandb!r} needs the package wandb: pip install wandb")
   for name in ("steps", "log_every", "checkpoint_every"):
     if (value := getattr(settings, name)) % settings.steps_per_dispatch:
       raise ConfigError(

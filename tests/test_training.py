@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -439,6 +441,28 @@ def test_metrics_beyond_the_restored_step_are_dropped(tmp_path):
   with MetricsWriter(tmp_path, 4) as writer:
     writer.write(6, {"loss": 2.0})
   assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+
+
+def test_wandb_gets_records_and_pictures_under_one_id(tmp_path, monkeypatch):
+  calls = []
+  fake = types.SimpleNamespace(
+    util=types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}"),
+    Image=lambda image: image.shape,
+    init=lambda **options: calls.append(options) or fake,
+    log=lambda values, step: calls.append((values, step)),
+    finish=lambda: calls.append("finished"),
+  )
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  for start in (0, 4):
+    with MetricsWriter(tmp_path, start, wandb="mine") as writer:
+      writer.write(start + 1, {"loss": 1.0})
+      writer.picture(start + 1, "samples", np.zeros((4, 5, 3), np.uint8))
+  options = {"project": "mine", "id": "id0", "resume": "allow", "dir": str(tmp_path)}
+  assert calls[:4] == [options, ({"loss": 1.0}, 1), ({"samples": (4, 5, 3)}, 1), "finished"]
+  assert calls[4] == options
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ValueError, match="wandb='mine' needs the package wandb"):
+    MetricsWriter(tmp_path, 0, wandb="mine")
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal():

@@ -140,12 +140,12 @@ def _add(total: PyTree | None, average: PyTree, weight: float) -> PyTree:
 
 
 @jax.jit
-def _weighted(average: PyTree, weight: float) -> PyTree:
+def _weighted(average: PyTree, weight: float | jax.Array) -> PyTree:
   return jax.tree.map(lambda a: jnp.asarray(weight, a.dtype) * a, average)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _sum(total: PyTree, average: PyTree, weight: float) -> PyTree:
+def _sum(total: PyTree, average: PyTree, weight: float | jax.Array) -> PyTree:
   return jax.tree.map(lambda t, a: t + jnp.asarray(weight, t.dtype) * a, total, average)
 
 
