@@ -320,7 +320,10 @@ def test_training_validates_draws_traces_and_keeps_averages(trained, tmp_path, c
     ([*TOY, "--launcher=pmap", "--fsdp=2"], "config.train.fsdp = 2 needs config.train.launcher = 'jit'"),
     ([*TOY, "--fsdp=3"], "config.train.fsdp"),
     ([*TOY, "--config.train.microbatches=3"], "cannot be split over 8 devices in 3 microbatches each; take 72"),
-    ([*TOY, "--config.train.steps_per_dispatch=3"], "config.train.steps_per_dispatch = 3 must divide config.train.steps"),
+    (
+      [*TOY, "--config.train.steps_per_dispatch=3"],
+      "config.train.steps_per_dispatch = 3 must divide config.train.steps",
+    ),
     ([*TOY, "--config.train.wandb=mine"], "needs the package wandb"),
     ([*TOY, "--profile=8:5"], "--profile must be START:STOP"),
     ([*TOY, "--process=1"], "--processes and --process need --coordinator=HOST:PORT"),

@@ -28,7 +28,7 @@ from jaxdiff.parallel.mesh import (
   replicated,
   shard_batch,
 )
-from jaxdiff.parallel.processes import gather_json, join, preempted
+from jaxdiff.parallel.processes import gather_json, join, preempted, to_host
 from jaxdiff.parallel.sharding import fsdp_shardings
 
 __all__ = [
@@ -49,4 +49,5 @@ __all__ = [
   "replicated",
   "shard_batch",
   "shard_examples",
+  "to_host",
 ]

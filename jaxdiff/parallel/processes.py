@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 _HEARTBEAT_S = 30  # of silence, after which a process counts as dead and the others end
 _SHUTDOWN_S = 30  # how long a process that ends waits for the others
@@ -96,6 +97,18 @@ def gather_json(value: Any) -> list[Any]:
   sizes = multihost_utils.process_allgather(np.int32(data.size))
   rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
   return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)]
+
+
+def to_host(tree: PyTree) -> PyTree:
+  """Host copies of global arrays, whole on every process; every process has to call it.
+
+  Example:
+    >>> to_host({"x": jax.numpy.ones(2)})
+    {'x': array([1., 1.], dtype=float32)}
+  """
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def preempted(step: int) -> bool:
