@@ -10,8 +10,8 @@
 | `tfds_source` | any prepared tfds image data set, read without TensorFlow | uint8 [h, w, c], 256 levels | tfds |
 | `from_arrays` | arrays of your program | integers or float32 | you name it |
 
-All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation is that of
-the seed and the number of examples alone, so train and test never overlap while both stay the same.
+All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation depends
+on the seed and the number of examples only, so train and test never overlap while both stay the same.
 """
 
 import difflib
