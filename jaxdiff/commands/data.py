@@ -25,7 +25,7 @@ _SOURCES = """where the raw files come from:
   npz            your own arrays: x_train and x_test (label_train, label_test), or x (label), with a leading axis
 
 Where there is no test set, a fixed tenth of the examples is it. Train with --config.data.type=array_record and
---config.data.path=DIR.
+--config.data.path=DIR. A preparation that is killed leaves .DIR.unfinished-*, which can be deleted.
 """
 
 

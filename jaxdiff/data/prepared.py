@@ -8,7 +8,7 @@ compression formats of pictures. Every record is a group of its own, which array
 import hashlib
 import itertools
 import json
-import os
+import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,6 +110,8 @@ class Part(NamedTuple):
 def write(output: Path, about: Manifest, parts: Mapping[str, Part], shard_bytes: int = SHARD_BYTES) -> Manifest:
   """Write prepared data: under a temporary name beside `output`, which gets its own when all is there.
 
+  What fails is removed; a process that is killed leaves `.NAME.unfinished-*`, which can be deleted.
+
   Args:
     output: the folder to make.
     about: the manifest without its splits.
@@ -128,7 +130,7 @@ def write(output: Path, about: Manifest, parts: Mapping[str, Part], shard_bytes:
   if output.exists() or output.is_symlink():
     raise FileExistsError(f"output: {output} is there already; delete it, or take another folder")
   output.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
+  unfinished = output.with_name(f".{output.name}.unfinished-{secrets.token_hex(4)}")
   unfinished.mkdir()
   try:
     splits = {name: _write_split(unfinished, about, name, part, shard_bytes) for name, part in parts.items()}

@@ -10,8 +10,8 @@
 | `tfds_source` | any prepared tfds image data set, read without TensorFlow | uint8 [h, w, c], 256 levels | tfds |
 | `from_arrays` | arrays of your program | integers or float32 | you name it |
 
-All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation is that of
-the seed and the number of examples alone, so train and test never overlap while both stay the same.
+All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation depends
+on the seed and the number of examples only, so train and test never overlap while both stay the same.
 """
 
 import difflib
@@ -198,7 +198,8 @@ def tfds_source(split: str, name: str, data_dir: str | Path | None = None) -> So
   """An image data set of tensorflow-datasets that was prepared as array_record, read without TensorFlow.
 
   Nothing is downloaded. Prepare the data once with `tfds.builder(name, data_dir=..., file_format="array_record")
-  .download_and_prepare()`. Images are decoded when they are read, so this scales beyond memory.
+  .download_and_prepare()`, which needs TensorFlow for most data sets. Images are decoded when they are read, so this
+  scales beyond memory.
 
   Args:
     split: a tfds split with optional slice, such as "train" or "train[:90%]".
@@ -260,16 +261,25 @@ def _open_tfds(builder: Any, split: str, name: str) -> Any:
   try:
     rows = builder.as_data_source(split)
   except (AssertionError, FileNotFoundError, NotImplementedError) as error:
-    raise FileNotFoundError(
-      f"name: {name!r} is not prepared as array_record in {builder.data_dir}; run tfds.builder({name!r}, data_dir=..., "
-      'file_format="array_record").download_and_prepare() or pass the data_dir that holds it'
-    ) from error
+    raise FileNotFoundError(_unprepared(builder, name)) from error
   announced = builder.info.splits[split].num_examples if builder.info.splits else len(rows)
   if len(rows) != announced:
     raise ValueError(
       f"split: {name!r} {split!r} has {len(rows)} rows where tfds announces {announced}; prepare it anew"
     )
   return rows
+
+
+def _unprepared(builder: Any, name: str) -> str:
+  """What is missing, and the command that prepares it; tfds cannot prepare a second format in the same folder."""
+  folder, there = str(builder.data_dir), Path(builder.data_dir).exists()
+  root = "DIR" if there else folder.removesuffix(f"/{builder.info.full_name}")
+  command = f"tfds.builder({name!r}, data_dir={root!r}, file_format='array_record').download_and_prepare()"
+  state = f"is there as {builder.info.file_format.value}, not as array_record," if there else "is not prepared"
+  return (
+    f'name: {name!r} {state} in {folder}; prepare it with python -c "import tensorflow_datasets as tfds; {command}" '
+    f"(with TensorFlow, which training does not need) and pass data_dir={root!r}"
+  )
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
