@@ -114,10 +114,11 @@ def check_same_everywhere(what: dict[str, Any]) -> None:
   """
   first, *others = [factory.normalize(value) for value in parallel.gather_json(what)]
   for number, other in enumerate(others, start=1):
-    if found := [text for name in first for text in factory.differences(first[name], other[name], name)]:
-      raise ConfigError(
-        f"the processes were not started alike: {'; '.join(found)} on process {number}. Give all of them one config"
-      )
+    for name in first:
+      if found := factory.differences(first[name], other[name], name):
+        raise ConfigError(
+          f"the processes were not started alike: {'; '.join(found)} on process {number}. Give all of them one config"
+        )
 
 
 class Stopped(Exception):
