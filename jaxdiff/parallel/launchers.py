@@ -87,7 +87,8 @@ def jit_launcher(mesh: Mesh) -> Launcher:
 
   def compile(train_step: Callable, steps: int = 1) -> Callable[..., tuple[Any, Any]]:
     def placed(state: PyTree, batch: PyTree, index: PyTree) -> tuple[Any, Any]:
-      state, metrics = train_step(state, batch, index)
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state, metrics = train_step(state, batch, index)
       return jax.lax.with_sharding_constraint(state, fsdp_shardings(mesh, state)), metrics
 
     split = _batches_sharding(mesh, 1 if steps == 1 else 2)
