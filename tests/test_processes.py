@@ -155,6 +155,7 @@ def results(tmp_path_factory):
   return [json.loads(file.read_text()) for file in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["data", "fsdp", "pmap"])
 def test_two_processes_give_the_parameters_of_one(results, layout):
   expected = np.array(results[2]["data"])
@@ -166,6 +167,7 @@ def test_two_processes_give_the_parameters_of_one(results, layout):
   assert results[0][layout] == results[1][layout]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["examples shard", "examples pmap"])
 def test_examples_over_all_processes_are_bitwise_equal(results, name):
   expected = results[2]["examples shard"]
@@ -173,16 +175,22 @@ def test_examples_over_all_processes_are_bitwise_equal(results, name):
   assert [process[name] for process in results] == [expected] * 3
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_values_of_all(results):
   expected = [{"process": 0, "text": "ü"}, {"process": 1, "text": "üü"}]
   assert [process["gathered"] for process in results] == [expected, expected, expected[:1]]
+
+
+def test_a_process_alone_gets_its_own_value():
   assert gather_json((1, None)) == [[1, None]]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(results):
   assert results[0]["stopped"] == results[1]["stopped"] > 5
 
 
+@pytest.mark.slow
 def test_a_wrong_batch_is_named_by_its_global_size(results):
   assert "14 examples cannot be split over 4 devices; the nearest valid batch size is 16" in results[0]["error"]
 

@@ -53,34 +53,33 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
   """Makes `train_step(state, batch, index, axis_name=None) -> (state, metrics)`.
 
-    `batch` is a dict of arrays [b, ...] and `index` int32 [b] their global positions in the batch. Without `axis_name` b
-    is the global batch (under `jax.jit`, on any sharding); inside `pmap` or `shard_map` b is the local share and
-    `axis_name` the mapped axis to sum over. `metrics` are the means over the global batch of the loss ("loss") and of
-    each aux array, and "grad_norm", the global norm before clipping: float scalars left on the device. Loss and
-    grad_norm are non-finite if and when the step is.
+  `batch` is a dict of arrays [b, ...] and `index` int32 [b] their global positions in the batch. Without `axis_name` b
+  is the global batch (under `jax.jit`, on any sharding); inside `pmap` or `shard_map` b is the local share and
+  `axis_name` the mapped axis to sum over. `metrics` are the means over the global batch of the loss ("loss") and of
+  each aux array, and "grad_norm", the global norm before clipping: float scalars left on the device. Loss and
+  grad_norm are non-finite if and when the step is.
 
-    Args:
-      objective: `objective(params, keys, batch) -> (loss [b], aux)`, see `Objective`.
-      optimizer: an Optax transformation; `init_state` must have got the same one.
-      ema_decay: asymptotic decay of the moving average per step, in [0, 1).
-      global_batch: number of examples of a step over all devices.
+  Args:
+    objective: `objective(params, keys, batch) -> (loss [b], aux)`, see `Objective`.
+    optimizer: an Optax transformation; `init_state` must have got the same one.
+    ema_decay: asymptotic decay of the moving average per step, in [0, 1).
+    global_batch: number of examples of a step over all devices.
 
-    Returns:
-      The pure train step; compile it with `jaxdiff.parallel.jit_train_step`.
+  Returns:
+    The pure train step; compile it with `jaxdiff.parallel.jit_train_step`.
 
-    Raises:
-      ValueError: `ema_decay` or `global_batch` is out of range; when traced, wrong shapes or names from the objective.
+  Raises:
+    ValueError: `ema_decay` or `global_batch` is out of range; when traced, wrong shapes or names from the objective.
 
-    Example:
-      >>> objective = lambda params, keys, batch: ((params - batch["x"]) ** 2, {})
-      >>> from jaxdiff.parallel import gathered
-  from jaxdiff.training.state import init_state
-      >>> optimizer = optax.sgd(0.5)
-      >>> step = make_train_step(objective, optimizer, ema_decay=0.9, global_batch=2)
-      >>> state = init_state(jnp.zeros(()), optimizer, jax.random.key(0))
-      >>> state, metrics = step(state, {"x": jnp.array([1.0, 3.0])}, jnp.arange(2))
-      >>> float(state.params), float(metrics["loss"])
-      (2.0, 5.0)
+  Example:
+    >>> objective = lambda params, keys, batch: ((params - batch["x"]) ** 2, {})
+    >>> from jaxdiff.training.state import init_state
+    >>> optimizer = optax.sgd(0.5)
+    >>> step = make_train_step(objective, optimizer, ema_decay=0.9, global_batch=2)
+    >>> state = init_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    >>> state, metrics = step(state, {"x": jnp.array([1.0, 3.0])}, jnp.arange(2))
+    >>> float(state.params), float(metrics["loss"])
+    (2.0, 5.0)
   """
   if not 0 <= ema_decay < 1:
     raise ValueError(f"ema_decay={ema_decay!r}: must be in [0, 1)")
