@@ -29,7 +29,7 @@ from jaxdiff.parallel.mesh import (
   shard_batch,
 )
 from jaxdiff.parallel.processes import gather_json, join, preempted, to_host
-from jaxdiff.parallel.sharding import fsdp_shardings
+from jaxdiff.parallel.sharding import fsdp_shardings, gathered
 
 __all__ = [
   "DATA_AXIS",
@@ -38,6 +38,7 @@ __all__ = [
   "batch_sharding",
   "fsdp_shardings",
   "gather_json",
+  "gathered",
   "jit_launcher",
   "jit_train_step",
   "join",

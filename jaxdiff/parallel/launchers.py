@@ -55,7 +55,8 @@ def jit_launcher(mesh: Mesh) -> Launcher:
   """Runs train steps as one global program by `jax.jit`, with state in parts over the axis "fsdp".
 
   Parameters, averages and optimizer state lie as `fsdp_shardings` says: the parameters are gathered where they are
-  used, the optimizer state never is (unless the optimizer itself couples the entries of a matrix, as Muon does).
+  used, the optimizer state never is (unless the optimizer itself couples the entries of a matrix, as Muon does). For
+  this the train step has to use `gathered` inside its loss, as that of `jaxdiff.training` does.
 
   Args:
     mesh: a mesh from `make_mesh`, over the devices of one process or of all.
@@ -77,6 +78,10 @@ def jit_launcher(mesh: Mesh) -> Launcher:
     (5.0, 1.0)
   """
 
+  def abstract(init: Callable[[], PyTree]) -> PyTree:
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(_placed, shapes, fsdp_shardings(mesh, shapes))
+
   def create(init: Callable[[], PyTree]) -> PyTree:
     return jax.jit(init, out_shardings=fsdp_shardings(mesh, jax.eval_shape(init)))()
 
@@ -87,7 +92,8 @@ def jit_launcher(mesh: Mesh) -> Launcher:
 
   def compile(train_step: Callable, steps: int = 1) -> Callable[..., tuple[Any, Any]]:
     def placed(state: PyTree, batch: PyTree, index: PyTree) -> tuple[Any, Any]:
-      state, metrics = train_step(state, batch, index)
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state, metrics = train_step(state, batch, index)
       return jax.lax.with_sharding_constraint(state, fsdp_shardings(mesh, state)), metrics
 
     split = _batches_sharding(mesh, 1 if steps == 1 else 2)
@@ -98,7 +104,7 @@ def jit_launcher(mesh: Mesh) -> Launcher:
       donate_argnums=0,
     )
 
-  return Launcher(mesh, create, functools.partial(_abstract, functools.partial(fsdp_shardings, mesh)), put, compile)
+  return Launcher(mesh, create, abstract, put, compile)
 
 
 def pmap_launcher(devices: Sequence[jax.Device] | None = None) -> Launcher:
@@ -121,6 +127,9 @@ def pmap_launcher(devices: Sequence[jax.Device] | None = None) -> Launcher:
   whole, processes = whole_sharding(mesh), process_count(mesh)
   local = NamedSharding(mesh.local_mesh, examples_spec(mesh))
 
+  def abstract(init: Callable[[], PyTree]) -> PyTree:
+    return jax.tree.map(lambda leaf: _placed(leaf, whole), jax.eval_shape(init))
+
   def create(init: Callable[[], PyTree]) -> PyTree:
     return jax.jit(init, out_shardings=whole)()
 
@@ -138,9 +147,7 @@ def pmap_launcher(devices: Sequence[jax.Device] | None = None) -> Launcher:
     several = _several(functools.partial(train_step, axis_name=AXIS), steps, mesh)
     return pmap(several, mesh, in_axes=(None, 0, 0), out_axes=None, donate=True)
 
-  return Launcher(
-    mesh, create, functools.partial(_abstract, lambda tree: jax.tree.map(lambda _: whole, tree)), put, compile
-  )
+  return Launcher(mesh, create, abstract, put, compile)
 
 
 def jit_train_step(train_step: Callable, mesh: Mesh) -> Callable:
@@ -160,10 +167,8 @@ def jit_train_step(train_step: Callable, mesh: Mesh) -> Callable:
   return jax.jit(train_step, in_shardings=(whole, split, split), out_shardings=(whole, whole), donate_argnums=0)
 
 
-def _abstract(shardings: Callable[[PyTree], PyTree], init: Callable[[], PyTree]) -> PyTree:
-  shapes = jax.eval_shape(init)
-  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  return jax.tree.map(place, shapes, shardings(shapes))
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _batches_sharding(mesh: Mesh, rank: int) -> NamedSharding:

@@ -8,7 +8,7 @@ the parameters where a network needs them and scatters the sums of the gradients
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -51,6 +51,24 @@ def fsdp_shardings(mesh: Mesh, tree: PyTree, smallest: int = SMALLEST) -> PyTree
       f"{_nearest(fsdp, mesh.size, sizes)}"
     )
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, fsdp, smallest)), tree)
+
+
+def gathered(params: PyTree) -> PyTree:
+  """The parameters as a loss uses them: whole on every device, if the train step runs on a mesh with "fsdp".
+
+  The gradient is then the sum over all examples of which every device keeps its part. Left to itself XLA may split a
+  network's features instead, since gradients and moments are split, and exchange the activations.
+
+  Args:
+    params: what the loss is differentiated by; call this inside of the differentiated function.
+
+  Returns:
+    The same values.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get(FSDP_AXIS, 1) == 1 or AxisType.Manual in mesh.axis_types:
+    return params
+  return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), params)
 
 
 def _spec(shape: tuple[int, ...], fsdp: int, smallest: int) -> P:
