@@ -7,8 +7,8 @@
 
 The first command needs TensorFlow, the others do not. The network (192 channels, 1, 2, 3 and 4 times as many at 64, 32,
 16 and 8 pixels a side, 3 blocks a level, attention at 32, 16 and 8, dropout 0.1), Adam at 3e-4, batches of 2048 and
-540,000 steps are those of ADM, Appendix I. It has 4 heads at every level where ADM has heads of 64 channels, predicts no
-variances, and knows no classes. It computes in bfloat16. Meant for a TPU pod or several nodes of GPUs. No result is
+540,000 steps are those of ADM, Appendix I. It has 4 heads at every level where ADM has heads of 64 channels, predicts
+no variances, and knows no classes. It computes in bfloat16. Meant for a TPU pod or several nodes of GPUs. No result is
 measured yet. For bits/dim as published on "ImageNet 64x64" take the other reduction of the images,
 --config.data.name=downsampled_imagenet/64x64.
 """

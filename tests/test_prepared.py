@@ -3,6 +3,10 @@
 import concurrent.futures
 import dataclasses
 import json
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -255,6 +259,42 @@ def test_the_folder_has_no_manifest_until_all_is_there(tmp_path):
   prepared.write(tmp_path / "a", about(), {"train": Part(50, watched())}, shard_bytes=10 * RECORD)
   assert seen == []
   assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_manifest_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+  def full(*arguments):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(prepared.manifests, "write", full)
+  with pytest.raises(OSError, match="No space left"):
+    prepare(tmp_path / "a")
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_leaves_no_data(tmp_path):
+  code = f"""
+    import itertools, pathlib, numpy as np
+    from jaxdiff.data import prepared
+    from jaxdiff.data.manifest import Manifest
+    x = np.zeros((64, 64, 3), np.uint8)
+    about = Manifest("zeros", x.shape, "uint8", 256, False, None, {{}}, "none")
+    endless = prepared.Part(10**9, ((x, None) for _ in itertools.count()))
+    prepared.write(pathlib.Path({str(tmp_path / "a")!r}), about, {{"train": endless}}, shard_bytes=1 << 33)
+    """
+  process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+  deadline = time.monotonic() + 120
+  while not list(tmp_path.glob(".a.unfinished-*/*.array_record")) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  process.kill()
+  process.wait()
+  (left,) = tmp_path.iterdir()
+  assert left.name.startswith(".a.unfinished-")
+  for place in (left, tmp_path / "a"):
+    with pytest.raises(FileNotFoundError, match="holds no manifest.json"):
+      sources.array_record("train", place)
+  prepare(tmp_path / "a")
+  assert len(sources.array_record("train", tmp_path / "a")) == 50
 
 
 def test_an_existing_folder_is_left_alone(own, tmp_path):
