@@ -269,7 +269,7 @@ def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint
 
 
 def test_training_validates_draws_traces_and_keeps_averages(trained, tmp_path, capsys):
-  """Hooks, gradient accumulation and several steps per dispatch do not change the run; averages of any length follow."""
+  """Hooks, gradient accumulation and several steps a dispatch change no run; averages of any length follow."""
   every = [f"--config.train.{name}_every=20" for name in ("validate", "sample", "snapshot", "keep")]
   spread = ["--config.train.microbatches=2", "--config.train.steps_per_dispatch=2", "--config.train.keep=1"]
   lengths = ["--config.train.ema_lengths=(0.05,0.1)", "--config.train.validate_examples=40"]

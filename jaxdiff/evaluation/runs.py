@@ -150,8 +150,8 @@ def evaluation(
 
   def batch(params: Params, start: int) -> dict[str, np.ndarray]:
     rows = start + np.arange(batch_size)
-    x = source.gather(np.minimum(rows, len(source) - 1))["x"]
-    x = jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+    host = source.gather(np.minimum(rows, len(source) - 1))["x"]
+    x = jax.make_array_from_callback(host.shape, split, lambda index: host[index])
     return {**parallel.to_host(run(params, np.int32(start), x)), "index": rows}
 
   return batch

@@ -83,7 +83,7 @@ def train(
   start, every = int(state.step), {"log_every": log_every, "checkpoint_every": checkpoint_every}
   _check(start, steps_per_dispatch, max_skipped, global_batch, {**every, "total_steps": total_steps})
   rows = np.array_split(np.arange(global_batch, dtype=np.int32), jax.process_count())[jax.process_index()]
-  index, pending = launcher.put(rows), []
+  index, pending = launcher.put(rows), list[dict[str, jax.Array]]()
   feed = Feed(iterator, launcher.put, steps_per_dispatch, total_steps - start)
   with Progress(total_steps, start, silent=jax.process_index() > 0) as progress:
     since, waited = time.perf_counter(), feed.waited
