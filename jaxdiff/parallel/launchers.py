@@ -111,7 +111,8 @@ def pmap_launcher(devices: Sequence[jax.Device] | None = None) -> Launcher:
   """Runs train steps as one program a device by `jax.pmap`, with a whole state on every device.
 
   `jax.pmap(train_step, in_axes=(None, 0, 0), out_axes=None)`: the state has no axis of devices; `put` gives arrays
-  [local devices, b / devices, ...] (with steps=k [local devices, k, b / devices, ...]).
+  [local devices, b / devices, ...] (with steps=k [local devices, k, b / devices, ...]). With several processes pmap
+  handles every array of the state on the host, about 0.05 ms each and call: take `jit_launcher` where that counts.
 
   Args:
     devices: the devices of one process or of all; by default those of all.

@@ -39,8 +39,8 @@ def join(
     timeout: for how many seconds the processes wait for each other.
 
   Raises:
-    ValueError: an argument is missing or out of range, two processes have the same number or another count, or process
-      0 cannot listen at the address.
+    ValueError: an argument is missing or out of range, two processes have the same number or another count, process 0
+      cannot listen at the address, or process 0 says that others did not come.
     TimeoutError: process 0 cannot be reached, or (in process 0) others did not come; names the address, or the others.
 
   Example:
