@@ -30,7 +30,7 @@ class NonFiniteError(RuntimeError):
 def train(
   state: TrainState,
   step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-  iterator: Iterator[dict[str, np.ndarray]],
+  iterator: Any,
   *,
   mesh: Mesh,
   global_batch: int,
