@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import runpy
 import sys
 from collections.abc import Mapping
@@ -23,8 +24,75 @@ _LIKELIHOOD = {
 }
 _LIKELIHOOD["--basis"] = "likelihood.divergence.basis"
 _SWITCHES = ("--gif", "--importance")
+_TRAIN = {"--launcher": "train.launcher", "--fsdp": "train.fsdp"}
 _STEPS = ("sampler.grid.steps", "sampler.steps")
 _TRACE = "likelihood.divergence"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """How a command is started: what is no part of the run.
+
+  Attributes:
+    distributed: whether this is one of several processes, which JAX finds by itself.
+    coordinator: HOST:PORT of the first of several processes.
+    processes: how many they are.
+    process: which of them this is.
+    timeout: seconds to wait for the others.
+    profile: the steps of a training to trace, from after the first to the second.
+  """
+
+  distributed: bool = False
+  coordinator: str | None = None
+  processes: int | None = None
+  process: int | None = None
+  timeout: int = 300
+  profile: tuple[int, int] | None = None
+
+
+def launch(command: str, argv: list[str]) -> tuple[Launch, list[str]]:
+  """The flags that say how the command is started, and the others.
+
+  Args:
+    command: the command; --profile=START:STOP is for "train".
+    argv: what follows the command.
+
+  Raises:
+    ConfigError: a value that cannot be read, or --processes or --process without --coordinator.
+  """
+  names = [f"--{field.name}" for field in dataclasses.fields(Launch) if field.name != "profile" or command == "train"]
+  found, rest, left = {}, [], list(argv)
+  while left:
+    name, equals, value = left.pop(0).partition("=")
+    if name not in names:
+      rest.append(name + equals + value)
+      continue
+    if name != "--distributed" and not equals and left:
+      value = left.pop(0)
+    found[name.removeprefix("--")] = _launch_value(name, value)
+  if {"processes", "process"} & found.keys() and "coordinator" not in found:
+    raise ConfigError("--processes and --process need --coordinator=HOST:PORT, the address of process 0")
+  return Launch(**found), rest
+
+
+def _launch_value(name: str, text: str) -> Any:
+  if name == "--distributed":
+    if text not in ("", "True", "true"):
+      raise ConfigError(f"--distributed takes no value, got {text!r}; leave it out for one process")
+    return True
+  if name == "--coordinator":
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+      raise ConfigError(f"--coordinator must be HOST:PORT, the address of process 0; got {text!r}")
+    return text
+  if name == "--profile":
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) < int(stop)):
+      raise ConfigError(f"--profile must be START:STOP, two steps with 1 <= START < STOP; got {text!r}")
+    return int(start), int(stop)
+  if not text.isdecimal():
+    raise ConfigError(f"{name} must be a whole number, got {text!r}")
+  return int(text)
 
 
 def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
@@ -32,7 +100,8 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
 
   Args:
     command: the command; for "likelihood" the short flags stand for fields of that section, and --other.field for those
-      of the section other; for all others --sampler, --steps, --num, --seed and --gif for fields of sampler and sample.
+      of the section other; for all others --sampler, --steps, --num, --seed and --gif for fields of sampler and sample;
+      for "train" --launcher and --fsdp for those of train.
     argv: what follows the command: --workdir=DIR, --config=FILE, --config.field=value; a space may replace the "=".
 
   Raises:
@@ -73,7 +142,7 @@ def directories(argv: list[str]) -> list[Path]:
 
 
 def _short(command: str) -> dict[str, str]:
-  return _LIKELIHOOD if command == "likelihood" else _SAMPLE
+  return {"likelihood": _LIKELIHOOD, "train": _TRAIN | _SAMPLE}.get(command, _SAMPLE)
 
 
 def _options(command: str, argv: list[str]) -> dict[str, str]:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=value ...]
 
-  train        train, or continue from the newest checkpoint in DIR
+  train        train, or continue from the newest checkpoint in DIR; short flags: --launcher=jit (or pmap) --fsdp=4
+               (so many devices share one copy of the state) --profile=100:110 (trace these steps into DIR/profile)
   sample       draw samples: samples.png, samples.npz, denoising.png; short flags: --sampler=dpm_solver_pp --steps=20
                --num=64 --seed=1 --gif (denoising.gif)
   likelihood   evaluate held-out data: likelihood.json, likelihood.npz, likelihood.png, a table; stopped and started
@@ -24,13 +25,16 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
+  data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
 The other commands take other settings only of their own sections, sampler, sample, likelihood, evaluate and other.
-Several processes share a likelihood where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-unless the cluster says so) and all see DIR.
+Several processes that all see DIR share a training, samples or a likelihood: start the same command on each with
+--distributed (on a TPU pod, GKE, Slurm or under Open MPI, where JAX finds them by itself), or with
+--coordinator=HOST:PORT --processes=N --process=I [--timeout=300] (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID in the environment). Launch files: experiments/tpu_pod, experiments/slurm, experiments/gpu_node.
 """
-COMMANDS = ("train", "sample", "likelihood", "evaluate")
+COMMANDS = ("train", "sample", "likelihood", "evaluate", "data")
 
 
 def _avoid_miscompiled_reductions() -> None:
@@ -72,22 +76,6 @@ def _warn_plainly() -> None:
   warnings.showwarning = show
 
 
-def _join_processes() -> None:
-  """Make this one of several processes if the environment says so; JAX itself knows those of Slurm, MPI and TPUs."""
-  import jax
-
-  if "JAX_COORDINATOR_ADDRESS" not in os.environ or jax.distributed.is_initialized():
-    return
-  count, number = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-  jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends an evaluation: it goes on where it was
-  try:
-    jax.distributed.initialize(
-      num_processes=None if count is None else int(count), process_id=None if number is None else int(number)
-    )
-  except (ValueError, RuntimeError) as error:
-    _leave(2, f"JAX_COORDINATOR_ADDRESS is set, but the processes do not find each other: {error}")
-
-
 def main(argv: list[str] | None = None) -> None:
   """Run a command.
 
@@ -97,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:]
     _quieten()
     _warn_plainly()
-  if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
+  if not argv or argv[0] == "help" or (argv[0] != "data" and {"-h", "--help"} & set(argv)):
     print(USAGE)
     return
   command = argv[0]
@@ -112,17 +100,45 @@ def main(argv: list[str] | None = None) -> None:
     _leave(130, "interrupted")
 
 
+def _join(command: str, launch: Any) -> None:
+  """Make this one of several processes, if it is."""
+  import jax
+
+  from jaxdiff import parallel
+
+  if not (launch.distributed or launch.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ):
+    return
+  if command == "evaluate":
+    _leave(2, "evaluate runs on one process; start it without --distributed, --coordinator and JAX_COORDINATOR_ADDRESS")
+  if command != "train":
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends it: there is no step to save
+  try:
+    parallel.join(launch.coordinator, launch.processes, launch.process, launch.timeout)
+  except (ValueError, RuntimeError, TimeoutError) as error:
+    _leave(2, f"the processes do not find each other: {error}")
+  if not jax.distributed.is_initialized():
+    _leave(
+      2,
+      "--distributed: JAX finds no TPU pod, GKE, Slurm or Open MPI here; give --coordinator, --processes and --process",
+    )
+
+
 def _run(command: str, argv: list[str]) -> None:
   from jaxdiff import arguments, commands, factory, objectives, rundir, status, training
 
   try:
+    if command == "data":
+      from jaxdiff.commands.data import data
+
+      return data(argv)
     if command == "likelihood" and argv and argv[0].split("=")[0] == "--compare":
       return commands.compare(arguments.directories(argv))
+    launch, argv = arguments.launch(command, argv)
     config, workdir = arguments.parse(command, argv)
-    if command == "likelihood":
-      _join_processes()
+    _join(command, launch)
     objectives.check(config)
-    getattr(commands, command)(config, workdir)
+    traced = {"profile": launch.profile} if command == "train" else {}
+    getattr(commands, command)(config, workdir, **traced)
   except (factory.ConfigError, training.FingerprintError) as error:
     _leave(2, error)
   except (training.CheckpointError, training.NonFiniteError, status.SolveError) as error:

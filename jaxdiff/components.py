@@ -129,6 +129,7 @@ SOURCES: Table = {
   "toy2d": sources.toy2d,
   "npz": sources.npz,
   "image_folder": sources.image_folder,
+  "array_record": sources.array_record,
   "tfds": sources.tfds_source,
 }
 PROCESSES: Table = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import json
 import warnings
@@ -24,7 +25,7 @@ from jaxdiff.schema import EvaluateSettings, LikelihoodSettings, SampleSettings,
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
-_FREE_TRAIN_FIELDS = ("log_every", "checkpoint_every", "keep")
+_DECIDING_TRAIN_FIELDS = ("batch_size", "steps", "ema_decay", "ema_lengths", "random_flip")
 _LARGEST_SIGNAL_AT_PRIOR = 0.05
 
 
@@ -63,7 +64,7 @@ def identity(config: Config) -> Config:
 
   Where the data lie is no part of it; what they are is compared by their content.
   """
-  train = {name: value for name, value in config["train"].items() if name not in _FREE_TRAIN_FIELDS}
+  train = {name: value for name, value in config["train"].items() if name in _DECIDING_TRAIN_FIELDS}
   paths = schema.paths("data", config["data"])
   data = {name: value for name, value in config["data"].items() if name not in paths}
   return {name: config[name] for name in TRAINING_SECTIONS} | {"data": data, "train": train}
@@ -141,7 +142,8 @@ def make_process(config: Config, params: Any = None) -> Any:
     return made
   process = made.sde() if hasattr(made, "sde") else made
   if params is None or learned(config) is None:
-    _check_process(process)
+    with jax.ensure_compile_time_eval():
+      _check_process(process)
     return process
   if config["sde"].get("learn_ends"):
     return sde.VariancePreserving(params["gamma"])
@@ -222,7 +224,18 @@ def _check_seed(path: str, seed: Any) -> None:
 def train_settings(config: Config) -> TrainSettings:
   """The section `train`, its numbers in range."""
   settings = component("train", config["train"])
-  _at_least("train", settings, 1, "batch_size", "steps", "log_every", "checkpoint_every", "keep")
+  _at_least("train", settings, 1, "batch_size", "steps", "log_every", "checkpoint_every", "keep", "snapshot_every")
+  _at_least("train", settings, 1, "fsdp", "microbatches", "steps_per_dispatch", "max_skipped", "validate_examples")
+  _at_least("train", settings, 0, "sample_every", "validate_every")
+  if settings.keep_every is not None:
+    _at_least("train", settings, 1, "keep_every")
+  if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
+    raise ConfigError(f"config.train.wandb = {settings.wandb!r} needs the package wandb: pip install wandb")
+  for name in ("steps", "log_every", "checkpoint_every"):
+    if (value := getattr(settings, name)) % settings.steps_per_dispatch:
+      raise ConfigError(
+        f"config.train.steps_per_dispatch = {settings.steps_per_dispatch} must divide config.train.{name} = {value}"
+      )
   if not 0 <= settings.ema_decay < 1:
     raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
   return settings

@@ -72,8 +72,11 @@ def _default_time(config: Config) -> dict[str, str]:
   return {"type": "importance" if config["loss"]["type"] == "bound" else "uniform"}
 
 
-def make_objective(config: Config, source: Source) -> Callable[..., Any]:
-  """`objective(params, keys [b], batch) -> (loss [b], aux)` for the train step: prepare the data, then the loss."""
+def make_objective(config: Config, source: Source, training: bool = True) -> Callable[..., Any]:
+  """`objective(params, keys [b], batch) -> (loss [b], aux)` for the train step: prepare the data, then the loss.
+
+  Without `training` no image is mirrored and no activation dropped.
+  """
   fixed, stratified = make_loss(config, source)
   module, settings = factory.make_network(config), factory.train_settings(config)
   dequantized = source.levels if _levels(config, source) is None else None
@@ -83,10 +86,10 @@ def make_objective(config: Config, source: Source) -> Callable[..., Any]:
   def objective(params: Any, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     data_key, flip_key, drop_key, loss_key = keys.split(key, 4)
     x = batch["x"] if dequantized is None else likelihood.dequantize(data_key, batch["x"], dequantized)
-    if settings.random_flip:
+    if training and settings.random_flip:
       x = random_flip(flip_key, x)
     network: Callable[..., Any] = functools.partial(module.apply, factory.network_params(config, params))
-    if getattr(module, "dropout", 0.0) > 0:
+    if training and getattr(module, "dropout", 0.0) > 0:
       network = _with_dropout(network, drop_key)
     loss = fixed if factory.learned(config) is None else make_loss(config, source, params)[0]
     value, aux = loss(loss_key, x, network, u=batch["u"] if stratified else None)

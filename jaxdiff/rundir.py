@@ -16,6 +16,7 @@ from jaxdiff import factory, parallel, training
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.schema import Config, ConfigError
+from jaxdiff.training.snapshots import reconstruct
 
 _DATA = ("name", "count", "shape", "levels", "content")
 
@@ -61,8 +62,9 @@ def fingerprint(config: Config, source: Source) -> dict[str, Any]:
   return {"config": factory.identity(config), "data": pipeline.fingerprint(source, batch_size, seed)}
 
 
-def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
-  """(training source, parameters, step) of the run in the directory.
+def load(workdir: Path, config: Config, ema_length: float | None = None) -> tuple[Source, Any, int]:
+  """(training source, parameters, step) of the run in the directory: of its usual average, or of the power-function
+  average of that relative width, reconstructed from its snapshots.
 
   Raises:
     ConfigError: there is no run, or it was trained with another process, prediction, network or data than the config
@@ -86,7 +88,11 @@ def load(workdir: Path, config: Config) -> tuple[Source, Any, int]:
   everywhere = parallel.replicated(parallel.make_mesh(jax.devices()))  # of all processes, as orbax wants it
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
   try:
-    params, step = training.load_params(workdir / "checkpoints", shapes)
+    if ema_length is None:
+      params, step = training.load_params(workdir / "checkpoints", shapes)
+    else:
+      params, step, distance = reconstruct(workdir / "snapshots", shapes, ema_length)
+      print(f"jaxdiff: average of length {ema_length}, reconstructed to {distance:.2%}", file=sys.stderr)
   except ValueError as error:
     raise ConfigError(str(error)) from error
   return source, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), step
@@ -98,6 +104,21 @@ def _check_same_model(workdir: Path, found: list[str]) -> None:
       f"the model in {workdir} was trained otherwise: {'; '.join(found)}. Leave these settings as they were (without "
       "--config they are), or train another model in another workdir"
     )
+
+
+def check_same_everywhere(what: dict[str, Any]) -> None:
+  """Compare a config and the fingerprint of the data over the processes of a training.
+
+  Raises:
+    ConfigError: on all processes, if one has others than the first.
+  """
+  first, *others = [factory.normalize(value) for value in parallel.gather_json(what)]
+  for number, other in enumerate(others, start=1):
+    for name in first:
+      if found := factory.differences(first[name], other[name], name):
+        raise ConfigError(
+          f"the processes were not started alike: {'; '.join(found)} on process {number}. Give all of them one config"
+        )
 
 
 class Stopped(Exception):
@@ -113,12 +134,23 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Within this context the first SIGTERM or Ctrl-C is noted in `signum`; a second one ends the process at once."""
+  """Within this context the first SIGTERM or Ctrl-C is noted in `signum`; a second one ends the process at once.
+
+  Of several processes, each passes on to all that it was to stop (`parallel.preempted`): they stop after the same step.
+  """
 
   signum: int | None = None
 
+  def agreed(self, step: int) -> bool:
+    """Whether to stop after this step: the same on all processes."""
+    if parallel.preempted(step):
+      self.signum = signal.SIGTERM
+    return self.signum is not None
+
   def __enter__(self) -> "StopSignal":
-    self._usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM
+    numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+    self._usual = {number: signal.signal(number, self._note if alone else self._pass_on) for number in numbers}
     return self
 
   def __exit__(self, *exc_info) -> None:
@@ -129,3 +161,8 @@ class StopSignal:
     self.signum = signum
     self.__exit__()
     os.write(2, b"\njaxdiff: saving a checkpoint after this step; once more to end at once\n")
+
+  def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+    self.__exit__()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.write(2, b"\njaxdiff: all processes will save a checkpoint; once more to end this one at once\n")

@@ -25,15 +25,37 @@ _FROM_PYTHON = ("base", "decoder", "reconstruction", "prior", "prior_log_prob", 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-  """How to train. Steps count updates; `random_flip` mirrors half of the images left to right."""
+  """How to train. Steps count updates; every n-th step of 0 means never.
+
+  `random_flip` mirrors half of the images left to right. `ema_decay` is that of the usual moving average, `ema_lengths`
+  are relative widths of power-function averages, of which snapshots allow any other width afterwards.
+
+  On the devices: `launcher` is what spreads a step over them; `fsdp` how many share one copy of the state (jit alone);
+  `microbatches` the parts that a batch is worked through in; `steps_per_dispatch` the steps of one call.
+
+  `keep` of the newest checkpoints stay and every `keep_every`-th step. `max_skipped` steps in a row may be without
+  finite loss and gradient. `wandb` is a project to report to.
+  """
 
   batch_size: int = 128
   steps: int = 1000
   ema_decay: float = 0.999
+  ema_lengths: tuple[float, ...] = ()
   random_flip: bool = False
+  launcher: Literal["jit", "pmap"] = "jit"
+  fsdp: int = 1
+  microbatches: int = 1
+  steps_per_dispatch: int = 1
+  max_skipped: int = 10
   log_every: int = 50
   checkpoint_every: int = 500
   keep: int = 3
+  keep_every: int | None = None
+  snapshot_every: int = 500
+  sample_every: int = 0
+  validate_every: int = 0
+  validate_examples: int = 1024
+  wandb: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +63,8 @@ class SampleSettings:
   """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
 
   `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
+  `ema_length` is the relative width of a power-function average, made of the snapshots of the run; None for the usual
+  average.
   """
 
   num: int = 100
@@ -49,6 +73,7 @@ class SampleSettings:
   seed: int = 0
   threshold: Literal["none", "static", "dynamic"] = "none"
   gif: bool = False
+  ema_length: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +83,7 @@ class LikelihoodSettings:
   The variational bound is averaged over `bound_draws` evaluations of the network an example; 0 leaves it out. Integers
   are dequantized `draws` times, "auto" as the loss had them: uniformly, or by the noise of the process where it took
   the integers themselves. `importance` averages probabilities over the draws instead of their logarithms. In float64
-  the parameters, the data, the process and the network are so.
+  the parameters, the data, the process and the network are so. `ema_length` as in `SampleSettings`.
   """
 
   split: str = "test"
@@ -70,6 +95,7 @@ class LikelihoodSettings:
   draws: int = 1
   importance: bool = False
   dtype: Literal["float32", "float64"] = "float32"
+  ema_length: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +103,8 @@ class EvaluateSettings:
   """How to measure samples: how many, how many at a time, against which held-out split and up to how many training
   examples (0 for all), by which features, and k of the neighbours of precision and recall, density and coverage.
 
-  `weights` is the path of the file that the features "mobilenet" and "inception" need.
+  `weights` is the path of the file that the features "mobilenet" and "inception" need. `ema_length` as in
+  `SampleSettings`.
   """
 
   num: int = 1000
@@ -89,6 +116,7 @@ class EvaluateSettings:
   manifold_k: int = 3
   coverage_k: int = 5
   seed: int = 0
+  ema_length: float | None = None
 
 
 class ConfigError(ValueError):

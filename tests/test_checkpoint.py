@@ -339,6 +339,7 @@ import os, signal, sys
 import grain, jax, jax.numpy as jnp, numpy as np
 from jaxdiff import parallel
 from jaxdiff.training import Checkpoints, abstract_state, init_state, make_optimizer, make_train_step, train
+from jaxdiff.training.metrics import MetricsWriter
 
 workdir, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 source = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
@@ -348,11 +349,11 @@ def objective(params, keys, batch):
   out = jnp.tanh((batch["x"] + batch["u"][:, None] * noise) @ params["in"]) @ params["out"]
   return jnp.mean((out - noise) ** 2, -1), {}
 
-mesh = parallel.make_mesh()
+launcher = parallel.jit_launcher(parallel.make_mesh())
 optimizer = make_optimizer(1e-2, 5, 24)
-step = parallel.jit_train_step(make_train_step(objective, optimizer, 0.99, 8), mesh)
+step = launcher.compile(make_train_step(objective, optimizer, 0.99, 8))
 params = {"in": jnp.ones((3, 8)) / 3, "out": jnp.ones((8, 3)) / 8}
-state = parallel.replicate(mesh, init_state(params, optimizer, jax.random.key(0)))
+state = launcher.create(lambda: init_state(params, optimizer, jax.random.key(0)))
 data = grain.MapDataset.source(source).seed(0).shuffle().repeat(None)
 data = data.random_map(lambda x, rng: {"x": x + rng.normal(size=3).astype(np.float32)})
 iterator = iter(data.batch(8, drop_remainder=True).to_iter_dataset())
@@ -374,8 +375,9 @@ with Checkpoints(workdir + "/checkpoints", {"seed": 0}, keep=2) as checkpoints:
     checkpoints.save = lambda state, iterator: (save(state, iterator), int(state.step) == kill_at and kill())
   state = checkpoints.restore_latest(abstract_state(state), iterator) or state
   print("start", int(state.step))
-  state = train(state, killing_step, iterator, mesh=mesh, global_batch=8, total_steps=24, log_every=3, workdir=workdir,
-                checkpoints=checkpoints, checkpoint_every=6)
+  with MetricsWriter(workdir, int(state.step)) as writer:
+    state = train(state, killing_step, iterator, launcher=launcher, global_batch=8, total_steps=24, log_every=3,
+                  writer=writer, checkpoints=checkpoints, checkpoint_every=6)
 leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
 np.savez(workdir + "/final.npz", *[np.asarray(x) for x in leaves])
 """

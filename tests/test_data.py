@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -496,6 +498,31 @@ def test_tfds_rows_are_the_prepared_ones(prepared):
   assert len(source) == 5
 
 
+def test_the_command_in_the_message_prepares_the_data(prepared, tmp_path):
+  import tensorflow_datasets as tfds
+
+  _, images = prepared
+  with pytest.raises(FileNotFoundError) as error:
+    sources.tfds_source("test", "noise", tmp_path)
+  command = re.search(
+    r"tfds\.builder\('(\w+)', data_dir='(\S+)', file_format='(\w+)'\)\.download_and_prepare\(\)", str(error.value)
+  )
+  name, data_dir, file_format = command.groups()
+  assert str(error.value).endswith(f"and pass data_dir={data_dir!r}")
+  tfds.builder(name, data_dir=data_dir, file_format=file_format).download_and_prepare()
+  batch = all_examples(sources.tfds_source("test", "noise", data_dir))
+  np.testing.assert_array_equal(batch["x"], images[batch["label"]])
+
+
+def test_tfds_data_of_another_format_need_another_folder(prepared, tmp_path):
+  data_dir, _ = prepared
+  shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+  info = tmp_path / "noise" / "1.0.0" / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(FileNotFoundError, match="is there as tfrecord, not as array_record, .*data_dir='DIR'"):
+    sources.tfds_source("train", "noise", tmp_path)
+
+
 def test_tfds_refusals(prepared, tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
@@ -504,7 +531,7 @@ def test_tfds_refusals(prepared, tmp_path, monkeypatch):
     sources.tfds_source("tran", "noise", data_dir)
   with pytest.raises(ValueError, match=r"name: tfds knows no data set 'cifar01'.*did you mean 'cifar10"):
     sources.tfds_source("train", "cifar01", tmp_path)
-  with pytest.raises(FileNotFoundError, match="'cifar10' is not prepared as array_record"):
+  with pytest.raises(FileNotFoundError, match="'cifar10' is not prepared in .*tfds.builder.'cifar10'.*with TensorFlow"):
     sources.tfds_source("train", "cifar10", tmp_path)
   monkeypatch.setattr(tfds.core.splits.SplitInfo, "num_examples", 10)
   with pytest.raises(ValueError, match="has 9 rows where tfds announces 10"):

@@ -161,6 +161,7 @@ def test_a_process_computes_its_share_and_waits_for_the_others(tmp_path, monkeyp
   assert once(compute([]))["x"].tolist() == list(range(9))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(continuous, tmp_path):
   shutil.copytree(continuous, tmp_path / "two", ignore=shutil.ignore_patterns("likelihood*"))
   shutil.copytree(tmp_path / "two", tmp_path / "one")

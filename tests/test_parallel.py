@@ -8,7 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdiff.parallel import batch_sharding, jit_train_step, make_mesh, replicate, shard_batch, shard_examples
+from jaxdiff.parallel import (
+  batch_sharding,
+  jit_train_step,
+  make_mesh,
+  pmap_examples,
+  replicate,
+  shard_batch,
+  shard_examples,
+)
 from jaxdiff.training.state import init_state
 from jaxdiff.training.step import make_train_step
 
@@ -161,6 +169,18 @@ def test_shard_examples_needs_no_communication():
   text = jax.jit(shard_examples(collatz, mesh)).lower(*arguments).compile().as_text()
   assert "while" in text
   assert not any(name in text for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("layout", ["shard 2x4", "pmap"])
+def test_examples_are_split_over_both_axes(layout):
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(BATCH))
+  x, cond = np.arange(1, BATCH + 1, dtype=np.int32), {"extra": np.arange(BATCH, dtype=np.int32)}
+  want = jax.jit(collatz)(2.0, keys, x, cond)
+  mesh = make_mesh(jax.local_devices(), fsdp=4)
+  run = jax.jit(shard_examples(collatz, mesh)) if layout == "shard 2x4" else pmap_examples(collatz)
+  got = run(2.0, *shard_batch(mesh, (keys, x, cond)))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert {shard.data.shape for shard in got["steps"].addressable_shards} == {(BATCH // 8,)}
 
 
 def test_shard_examples_accepts_no_conditions():

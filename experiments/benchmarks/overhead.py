@@ -33,6 +33,7 @@ import optax
 
 from jaxdiff import divergence, factory, likelihood, objectives, parallel, samplers, schedules, sde, training
 from jaxdiff.data import pipeline
+from jaxdiff.training.metrics import MetricsWriter
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
 TOLERANCE = 1e-3
@@ -94,31 +95,37 @@ def bare_loss(setting: Setting, params: Any, key: jax.Array, data: jax.Array) ->
 
 
 def bare_step(setting: Setting, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-  """`step(carry, data) -> (carry, loss)`: gradient and update; no moving average, no keys per example, no metrics."""
+  """`step(carry, data) -> (carry, loss)`: gradient, update and moving average; no keys per example, no metrics."""
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(carry: tuple[Any, Any, jax.Array], data: jax.Array) -> tuple[Any, jax.Array]:
-    params, state, count = carry
+  def step(carry: tuple[Any, Any, Any, jax.Array], data: jax.Array) -> tuple[Any, jax.Array]:
+    params, average, state, count = carry
     key = jax.random.fold_in(jax.random.key(1), count)
     loss, grads = jax.value_and_grad(functools.partial(bare_loss, setting))(params, key, data)
     updates, state = optimizer.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state, count + 1), loss
+    params = optax.apply_updates(params, updates)
+    return (params, optax.incremental_update(params, average, 0.002), state, count + 1), loss
 
   return step
 
 
+def bare_carry(params: Any, optimizer: optax.GradientTransformation) -> Any:
+  """What `bare_step` starts from."""
+  return params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32)
+
+
 def train(setting: Setting, steps: int = 30) -> Any:
-  """Compare the train step, then the whole loop with its data, metrics and progress bar; returns trained parameters."""
-  mesh, optimizer = parallel.make_mesh(), factory.make_optimizer_of(setting.config)
+  """Compare the train step, then the whole loop with its data, records and progress bar; returns trained parameters."""
+  launcher, optimizer = parallel.jit_launcher(parallel.make_mesh()), factory.make_optimizer_of(setting.config)
   params = factory.init_params(setting.config, setting.source)
-  state = parallel.replicate(mesh, training.init_state(params, optimizer, jax.random.key(1)))
-  carry = params, optimizer.init(params), jnp.zeros((), jnp.int32)
+  carry = bare_carry(params, optimizer)
+  state = launcher.create(lambda: training.init_state(params, optimizer, jax.random.key(1)))
   objective = objectives.make_objective(setting.config, setting.source)
-  whole = parallel.jit_train_step(training.make_train_step(objective, optimizer, 0.998, setting.batch), mesh)
+  whole = launcher.compile(training.make_train_step(objective, optimizer, 0.998, setting.batch))
   bare = bare_step(setting, optimizer)
   iterator = pipeline.train_batches(setting.source, setting.batch, seed=0)
-  index = parallel.shard_batch(mesh, np.arange(setting.batch, dtype=np.int32))
-  batch = parallel.shard_batch(mesh, next(iterator))
+  index = launcher.put(np.arange(setting.batch, dtype=np.int32))
+  batch = launcher.put(next(iterator))
 
   def whole_step() -> Any:
     nonlocal state
@@ -132,19 +139,17 @@ def train(setting: Setting, steps: int = 30) -> Any:
       jax.block_until_ready(loss)
     return carry
 
-  def loop(workdir: str) -> Any:
+  def loop(writer: MetricsWriter) -> Any:
     nonlocal state
-    total = int(state.step) + steps
-    state = training.train(
-      state, whole, iterator, mesh=mesh, global_batch=setting.batch, total_steps=total, workdir=workdir
-    )
+    total, places = int(state.step) + steps, {"launcher": launcher, "global_batch": setting.batch}
+    state = training.train(state, whole, iterator, **places, total_steps=total, log_every=10, writer=writer)
     return state
 
   times = in_turns({"jaxdiff": whole_step, "step": lambda: bare_steps(1)}, 8 * setting.turns)
   report("train step", times, 1, target=1.03)
-  with tempfile.TemporaryDirectory() as workdir:
-    calls = {"jaxdiff": lambda: loop(workdir), "step": lambda: bare_steps(steps)}
-    report("train loop", in_turns(calls, max(2, setting.turns // 2)), steps, target=None)
+  with tempfile.TemporaryDirectory() as workdir, MetricsWriter(workdir, 0) as writer:
+    calls = {"jaxdiff": lambda: loop(writer), "step": lambda: bare_steps(steps)}
+    report("train loop", in_turns(calls, setting.turns), steps, target=1.03)
   return state.params
 
 

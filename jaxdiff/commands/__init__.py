@@ -1,5 +1,5 @@
-"""The commands: train, sample, likelihood, evaluate, each from a checked config and the directory of the run; and the
-comparison of what was evaluated in several.
+"""The commands, each from a checked config and the directory of the run: sample and evaluate here, train and likelihood
+beside; and the comparison of what was evaluated in several runs.
 """
 
 import json
@@ -11,14 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, objectives, parallel, rundir, samplers, status, training
+from jaxdiff import factory, parallel, rundir, samplers, status
 from jaxdiff.commands import console
 from jaxdiff.commands.likelihoods import likelihood as likelihood
-from jaxdiff.data import pipeline
+from jaxdiff.commands.training import train as train
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import chunks, comparison, features, neighbours, pictures, report, runs
 from jaxdiff.schema import Config, ConfigError, EvaluateSettings, SampleSettings
-from jaxdiff.training.metrics import read_metrics
 
 _ANIMATED = 100  # samples in an animation
 _FRAMES = 60
@@ -26,69 +25,11 @@ _QUANTILES = {"static": None, "dynamic": 0.995}
 _SHOWN = 10, 7  # samples in neighbours.png, and training images beside each
 
 
-def train(config: Config, workdir: Path) -> None:
-  """Train from the newest checkpoint in the workdir, or from the start."""
-  settings, mesh = factory.train_settings(config), parallel.make_mesh()
-  console.check_batch("train.batch_size", settings.batch_size, mesh.size)
-  source = factory.make_source(config, "train")
-  if settings.batch_size > len(source):
-    raise ConfigError(f"config.train.batch_size = {settings.batch_size} exceeds the {len(source)} training examples")
-  loss, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
-  params = factory.init_params(config, source)
-
-  iterator = pipeline.train_batches(source, settings.batch_size, config["seed"])
-  key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
-  state = parallel.replicate(mesh, training.init_state(params, optimizer, key))
-  step = training.make_train_step(loss, optimizer, settings.ema_decay, settings.batch_size)
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  console.say(
-    f"{source.name}: {len(source)} examples {source.shape}; {count:,} parameters; {mesh.size} {jax.devices()[0]}"
-  )
-  fingerprint = rundir.fingerprint(config, source)
-  with (
-    rundir.claimed(workdir, config),
-    training.Checkpoints(workdir / "checkpoints", fingerprint, keep=settings.keep) as checkpoints,
-  ):
-    state = checkpoints.restore_latest(training.abstract_state(state), iterator) or state
-    factory.write(config, workdir / "config.json")
-    console.say(_standing(int(state.step), settings.steps))
-    with rundir.StopSignal() as stop:
-      state = training.train(
-        state,
-        parallel.jit_train_step(step, mesh),
-        iterator,
-        mesh=mesh,
-        global_batch=settings.batch_size,
-        total_steps=settings.steps,
-        log_every=settings.log_every,
-        workdir=workdir,
-        checkpoints=checkpoints,
-        checkpoint_every=settings.checkpoint_every,
-        should_stop=lambda: stop.signum is not None,
-      )
-  if stop.signum is not None:
-    raise rundir.Stopped(stop.signum, int(state.step))
-  records = read_metrics(workdir / "metrics.jsonl")
-  pictures.save_loss(
-    workdir / "loss.png",
-    [int(record["step"]) for record in records],
-    [record["loss"] / np.prod(source.shape) for record in records],
-    "loss/dim",
-  )
-  console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "config.json")
-
-
-def _standing(step: int, steps: int) -> str:
-  if step >= steps:
-    return f"this run is finished: {step} of {steps} steps are done; to train longer, take another workdir"
-  return f"continuing from step {step}" if step else f"training for {steps} steps"
-
-
 def sample(config: Config, workdir: Path) -> None:
-  """Draw samples of the trained model."""
-  settings, mesh = factory.sample_settings(config), parallel.make_mesh()
+  """Draw samples of the trained model, on the devices of all processes; the first process writes them."""
+  settings, mesh = factory.sample_settings(config), parallel.make_mesh(jax.devices())
   console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
-  source, params, step = rundir.load(workdir, config)
+  source, params, step = rundir.load(workdir, config, settings.ema_length)
   process = factory.make_process(config, params)
   score = _thresholded(factory.make_score(config), process, settings.threshold)
   sampler = factory.make_sampler(config, process)
@@ -96,12 +37,15 @@ def sample(config: Config, workdir: Path) -> None:
   drawn = runs.draw(
     score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh
   )
+  if not console.first_process():
+    return status.check(drawn["code"], drawn["accepted"])
   np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
   (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
   status.check(drawn["code"], drawn["accepted"])
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
-  if _can_be_shown(source):
-    _show_samples(workdir, source, drawn["x"])
+  if console.can_be_shown(source):
+    shown = source.gather(np.arange(min(len(source), settings.num)))["x"]
+    pictures.save_samples(workdir / "samples.png", drawn["x"], shown)
     if factory.has_path(config):
       count = max(_ANIMATED if settings.gif else 0, settings.trajectories)
       with_path = factory.make_sampler(config, process, path=_path(sampler))
@@ -112,10 +56,6 @@ def sample(config: Config, workdir: Path) -> None:
   console.list_files(
     workdir, "samples.png", "denoising.png", *(["denoising.gif"] if settings.gif else []), "samples.npz"
   )
-
-
-def _can_be_shown(source: Source) -> bool:
-  return source.shape == (2,) or (len(source.shape) == 3 and source.shape[-1] in (1, 3))
 
 
 def _thresholded(score: Callable[[Any], Any], process: Any, threshold: str) -> Callable[[Any], Any]:
@@ -131,13 +71,6 @@ def _path(sampler: Any) -> int:
   steps = len(sampler.ts) - 1
   divisors = [k for k in range(1, steps + 1) if steps % k == 0]
   return min(divisors, key=lambda k: abs(np.log(steps / k / _FRAMES)))
-
-
-def _show_samples(workdir: Path, source: Source, x: np.ndarray) -> None:
-  if source.shape == (2,):
-    pictures.save_scatter(workdir / "samples.png", x, source.gather(np.arange(min(len(source), len(x))))["x"])
-  else:
-    pictures.save_grid(workdir / "samples.png", x, columns=round(len(x) ** 0.5))
 
 
 def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: SampleSettings) -> None:
@@ -157,7 +90,7 @@ def evaluate(config: Config, workdir: Path) -> None:
   """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
   settings, mesh = factory.evaluate_settings(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
-  source, params, step = rundir.load(workdir, config)
+  source, params, step = rundir.load(workdir, config, settings.ema_length)
   held_out = factory.make_source(config, settings.split)
   train = source.gather(np.arange(min(len(source), settings.reference or len(source))))
   unseen = held_out.gather(np.arange(min(len(held_out), settings.num)))["x"]

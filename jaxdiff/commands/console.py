@@ -1,11 +1,17 @@
 """What the commands share: lines on the terminal, of one process alone, and the sizes of their batches."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
+from jaxdiff import parallel
+from jaxdiff.data.examples import Source
 from jaxdiff.schema import ConfigError
+
+T = TypeVar("T")
 
 
 def first_process() -> bool:
@@ -19,6 +25,28 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def together(action: Callable[[], T]) -> T:
+  """What `action` returns, where it does on all processes; else all of them fail, with the first message.
+
+  Without this a process that meets a mistake of its own would leave, and the others wait for it.
+  """
+  if jax.process_count() == 1:
+    return action()
+  result, message = None, None
+  try:
+    result = action()
+  except (ConfigError, OSError) as error:
+    message = f"process {jax.process_index()}: {error}"
+  if messages := [text for text in parallel.gather_json(message) if text is not None]:
+    raise ConfigError(messages[0])
+  return result  # type: ignore[return-value]
+
+
+def can_be_shown(source: Source) -> bool:
+  """Whether samples of these data are images or points in the plane."""
+  return source.shape == (2,) or (len(source.shape) == 3 and source.shape[-1] in (1, 3))
+
+
 def list_files(workdir: Path, *names: str) -> None:
   """Print the paths of what is there."""
   for name in names:
@@ -26,11 +54,12 @@ def list_files(workdir: Path, *names: str) -> None:
       print(workdir / name)
 
 
-def check_batch(name: str, size: int, devices: int) -> None:
-  """Refuse a batch size that the devices cannot share."""
-  if size % devices:
-    nearest = max(devices, devices * round(size / devices))
-    raise ConfigError(f"config.{name} = {size} cannot be split over {devices} devices; take {nearest}")
+def check_batch(name: str, size: int, devices: int, microbatches: int = 1) -> None:
+  """Refuse a batch size that the devices cannot share, each in so many parts."""
+  if size % (parts := devices * microbatches):
+    nearest = max(parts, parts * round(size / parts))
+    each = f" in {microbatches} microbatches each" if microbatches > 1 else ""
+    raise ConfigError(f"config.{name} = {size} cannot be split over {devices} devices{each}; take {nearest}")
 
 
 def batch_size(wanted: int, examples: int, devices: int) -> int:

@@ -39,7 +39,7 @@ def likelihood(config: Config, workdir: Path) -> None:
   """Evaluate the trained model on held-out data, and on other data if the config names some."""
   settings, mesh = factory.likelihood_settings(config), parallel.make_mesh()
   console.check_batch("likelihood.batch_size", settings.batch_size, mesh.size)
-  source, params, step = rundir.load(workdir, config)
+  source, params, step = rundir.load(workdir, config, settings.ema_length)
   held_out = factory.make_source(config, settings.split)
   other = _other(config, settings.split, held_out) if "other" in config else None
   console.say(f"evaluating step {step} on {settings.split}")

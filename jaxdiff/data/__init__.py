@@ -1,6 +1,7 @@
 """Data for training and evaluation: where examples come from and how they become batches.
 
-- `sources`: digits, 2-D toys, the user's `.npz` file or image folder, tfds; each is a function that returns a `Source`.
+- `sources`: digits, 2-D toys, `.npz` files, image folders, prepared data, tfds; functions that return a `Source`.
+- `preparation`: raw files into prepared data (`prepared`, `manifest`), which are read from disk: `jaxdiff data`.
 - `pipeline`: shuffled, resumable training batches (grain), padded evaluation batches, the fingerprint of a run's data.
 - `transforms`: pure JAX functions for the jitted step and for pictures.
 

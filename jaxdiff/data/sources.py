@@ -6,11 +6,12 @@
 | `toy2d` | moons, circles, ... (see `toys`) | float32 [2] | two seeds |
 | `npz` | your arrays | integers or float32 | in the file, or a fixed permutation |
 | `image_folder` | your PNG and JPEG files | uint8 [h, w, c], 256 levels | fixed permutation |
+| `array_record` | what `jaxdiff data` prepared, read from disk | integers or float32 | in the folder |
 | `tfds_source` | any prepared tfds image data set, read without TensorFlow | uint8 [h, w, c], 256 levels | tfds |
 | `from_arrays` | arrays of your program | integers or float32 | you name it |
 
-All but `tfds_source` keep the split in memory, images in one byte per value. A permutation depends on the seed and the
-number of examples only, so train and test never overlap while both stay the same.
+All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation depends
+on the seed and the number of examples only, so train and test never overlap while both stay the same.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdiff.data import manifest as manifests
 from jaxdiff.data.examples import (
   SPLITS,
   Source,
@@ -30,12 +32,11 @@ from jaxdiff.data.examples import (
   split_indices,
   validate,
 )
+from jaxdiff.data.images import list_images, read_image
+from jaxdiff.data.prepared import Records
 from jaxdiff.data.toys import toy2d
 
-__all__ = ["Source", "digits", "from_arrays", "image_folder", "npz", "tfds_source", "toy2d", "validate"]
-
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+__all__ = ["Source", "array_record", "digits", "from_arrays", "image_folder", "npz", "tfds_source", "toy2d", "validate"]
 
 
 def digits(split: str, held_out: int = 360, seed: int = 0) -> Source:
@@ -122,7 +123,7 @@ def image_folder(
 
   Subfolders in alphabetical order give the labels 0, 1, ...; other files and hidden ones are passed over. Images are
   turned as their EXIF data say and transparent pixels are laid on white. The split's images are decoded once, at the
-  start, and kept in memory.
+  start, and kept in memory: for more than fit there, prepare the same folder with `jaxdiff data folder`.
 
   Args:
     split: "train" or "test".
@@ -147,12 +148,12 @@ def image_folder(
   check_choice("split", split, SPLITS)
   if channels not in (1, 3) or (size is not None and size < 1):
     raise ValueError(f"channels, size: got {channels}, {size}; pass 1 or 3 channels and a size of at least 1 pixel")
-  files, classes = _list_images(Path(path))
+  files, classes = list_images(Path(path))
   rows = split_fraction(split, len(files), test_fraction, seed)
-  first = _read_image(files[0], size, channels)
+  first = read_image(files[0], size, channels)
   x = np.empty((len(rows), *first.shape), np.uint8)
   for i, row in enumerate(rows):
-    image = _read_image(files[row], size, channels)
+    image = read_image(files[row], size, channels)
     if image.shape != first.shape:
       raise ValueError(
         f"path: {files[row]} has shape {image.shape} but {files[0]} has {first.shape}; pass size=... to crop and resize"
@@ -165,11 +166,40 @@ def image_folder(
   return from_arrays(x, label, levels=256, name=f"image_folder/{Path(path).resolve().name}", split=split)
 
 
+def array_record(split: str, path: str | Path) -> Source:
+  """Data that `jaxdiff data` prepared: array_record files with a manifest, read from disk while training.
+
+  The files of the split are compared with the manifest first, byte by byte.
+
+  Args:
+    split: "train", "test", or what other splits the folder has.
+    path: the folder.
+
+  Returns:
+    Examples of the shape, type and levels that the manifest says, with an int32 label where they have one. The content
+    hash covers all pixels and labels in order, not the files they lie in.
+
+  Raises:
+    FileNotFoundError: the folder holds no manifest.
+    ValueError: an unknown split, a damaged manifest, or a file that is missing or has changed; it is named.
+
+  Example:
+    >>> array_record("train", "data/fashion_mnist")  # doctest: +SKIP
+  """
+  folder = Path(path)
+  manifest = manifests.read(folder)
+  check_choice("split", split, manifest.splits)
+  manifests.verify(folder, manifest, [split])
+  content = manifests.content_hash(manifest, split)
+  return Source(manifest.name, Records(folder, manifest, split), manifest.levels, manifest.shape, split, content)
+
+
 def tfds_source(split: str, name: str, data_dir: str | Path | None = None) -> Source:
   """An image data set of tensorflow-datasets that was prepared as array_record, read without TensorFlow.
 
   Nothing is downloaded. Prepare the data once with `tfds.builder(name, data_dir=..., file_format="array_record")
-  .download_and_prepare()`. Images are decoded when they are read, so this scales beyond memory.
+  .download_and_prepare()`, which needs TensorFlow for most data sets. Images are decoded when they are read, so this
+  scales beyond memory.
 
   Args:
     split: a tfds split with optional slice, such as "train" or "train[:90%]".
@@ -231,16 +261,25 @@ def _open_tfds(builder: Any, split: str, name: str) -> Any:
   try:
     rows = builder.as_data_source(split)
   except (AssertionError, FileNotFoundError, NotImplementedError) as error:
-    raise FileNotFoundError(
-      f"name: {name!r} is not prepared as array_record in {builder.data_dir}; run tfds.builder({name!r}, data_dir=..., "
-      'file_format="array_record").download_and_prepare() or pass the data_dir that holds it'
-    ) from error
+    raise FileNotFoundError(_unprepared(builder, name)) from error
   announced = builder.info.splits[split].num_examples if builder.info.splits else len(rows)
   if len(rows) != announced:
     raise ValueError(
       f"split: {name!r} {split!r} has {len(rows)} rows where tfds announces {announced}; prepare it anew"
     )
   return rows
+
+
+def _unprepared(builder: Any, name: str) -> str:
+  """What is missing, and the command that prepares it; tfds cannot prepare a second format in the same folder."""
+  folder, there = str(builder.data_dir), Path(builder.data_dir).exists()
+  root = "DIR" if there else folder.removesuffix(f"/{builder.info.full_name}")
+  command = f"tfds.builder({name!r}, data_dir={root!r}, file_format='array_record').download_and_prepare()"
+  state = f"is there as {builder.info.file_format.value}, not as array_record," if there else "is not prepared"
+  return (
+    f'name: {name!r} {state} in {folder}; prepare it with python -c "import tensorflow_datasets as tfds; {command}" '
+    f"(with TensorFlow, which training does not need) and pass data_dir={root!r}"
+  )
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -255,40 +294,3 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _shapes(arrays: dict[str, np.ndarray]) -> str:
   return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-
-
-def _list_images(folder: Path) -> tuple[list[Path], list[str]]:
-  """Returns the image files in the order of their paths and the class names (none without subfolders)."""
-  if not folder.is_dir():
-    raise FileNotFoundError(f"path: {folder} is not a folder; pass a folder of PNG or JPEG files")
-  files = sorted(
-    file
-    for file in (*folder.glob("*"), *folder.glob("*/*"))
-    if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
-  )
-  if len(files) < 2:
-    raise ValueError(f"path: {folder} holds {len(files)} PNG or JPEG files; training and test need at least one each")
-  inside = [file for file in files if file.parent != folder]
-  if inside and len(inside) != len(files):
-    raise ValueError(f"path: {folder} holds images both beside and inside its subfolders; keep one of the two layouts")
-  return files, sorted({file.parent.name for file in inside})
-
-
-def _read_image(file: Path, size: int | None, channels: int) -> np.ndarray:
-  from PIL import Image, ImageOps
-
-  try:
-    with Image.open(file) as opened:
-      mode, image = opened.mode, ImageOps.exif_transpose(opened)
-      image.load()
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise ValueError(f"path: {file} cannot be read as an image ({error}); repair or remove it") from error
-  if mode not in _EIGHT_BIT_MODES:
-    raise ValueError(f"path: {file} has PIL mode {mode!r}; convert it to 8-bit grey or RGB")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-  image = image.convert("RGB" if channels == 3 else "L")
-  if size is not None:
-    image = ImageOps.fit(image, (size, size), method=Image.Resampling.BOX)
-  return np.asarray(image).reshape(*image.size[::-1], channels)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from PIL import Image
 
 from jaxdiff.data.transforms import to_uint8
@@ -82,6 +82,14 @@ def save_neighbours(
   """Write a PNG with a row for each sample: the sample, then its nearest training images as `near` numbers them."""
   rows = np.concatenate([samples[:, None], train[near]], axis=1)
   save_grid(path, rows.reshape(-1, *samples.shape[1:]), columns=rows.shape[1])
+
+
+def save_samples(path: Path, x: Float[np.ndarray, "n *d"], reference: Shaped[np.ndarray, "m *d"]) -> None:
+  """Write images as a square grid, or points in the plane beside those of the data."""
+  if x.shape[1:] == (2,):
+    save_scatter(path, x, reference)
+  else:
+    save_grid(path, x, columns=round(len(x) ** 0.5))
 
 
 def save_scatter(path: Path, points: Float[np.ndarray, "n 2"], reference: Float[np.ndarray, "m 2"]) -> None:

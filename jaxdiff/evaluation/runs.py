@@ -1,6 +1,7 @@
-"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices.
+"""Samples and likelihoods of a whole run: in batches of one shape, sharded over the devices of a mesh.
 
 Sample k and the likelihood of example k depend on their own key only: batch size and number of devices do not matter.
+The mesh may span several processes, which then all call the same and all get the same.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,34 @@ def _sampling_key(seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), _SAMPLING)
 
 
+def sampling(
+  score: Callable[[Params], ScoreFn],
+  sde: Prior,
+  sampler: Callable[..., Any],
+  shape: tuple[int, ...],
+  batch_size: int,
+  seed: int,
+  mesh: Mesh,
+) -> Callable[[Params, int], dict[str, np.ndarray]]:
+  """What draws a batch of samples: from parameters, replicated over the mesh, and the first of the samples to the
+  arrays of `draw` for `batch_size`.
+
+  It is compiled once for all parameters.
+  """
+
+  def one_batch(params: Params, example: jax.Array) -> dict[str, jax.Array]:
+    prior_key, path_key = keys.split(example)
+    sample = sampler(path_key, sde.prior_sample(prior_key, (len(example), *shape)), score(params))
+    return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
+
+  sharded = parallel.shard_examples(one_batch, mesh)
+  run = jax.jit(
+    lambda params, start: sharded(params, keys.example_keys(_sampling_key(seed), start, batch_size)),
+    out_shardings=parallel.batch_sharding(mesh),
+  )
+  return lambda params, start: parallel.to_host(run(params, np.int32(start)))
+
+
 def drawer(
   score: Callable[[Params], ScoreFn],
   params: Params,
@@ -40,19 +69,10 @@ def drawer(
   seed: int,
   mesh: Mesh,
 ) -> Callable[[int], dict[str, np.ndarray]]:
-  """What draws a batch of samples: from the first of them to the arrays of `draw` for `batch_size`, as `draw` has them.
-
-  It is compiled once.
-  """
-
-  def one_batch(params: Params, example: jax.Array) -> dict[str, jax.Array]:
-    prior_key, path_key = keys.split(example)
-    sample = sampler(path_key, sde.prior_sample(prior_key, (len(example), *shape)), score(params))
-    return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
-
-  run = jax.jit(parallel.shard_examples(one_batch, mesh))
+  """`sampling` of one model: from the first of the samples to the arrays."""
+  run = sampling(score, sde, sampler, shape, batch_size, seed, mesh)
   params = parallel.replicate(mesh, params)
-  return lambda start: jax.device_get(run(params, keys.example_keys(_sampling_key(seed), start, batch_size)))
+  return lambda start: run(params, start)
 
 
 def draw(
@@ -84,7 +104,7 @@ def draw(
   """
   batch = drawer(score, params, sde, sampler, shape, batch_size, seed, mesh)
   parts = []
-  with tqdm(total=num, unit="sample", desc="sampling", disable=None) as bar:
+  with tqdm(total=num, unit="sample", desc="sampling", disable=None if jax.process_index() == 0 else True) as bar:
     for start in range(0, num, batch_size):
       parts.append(batch(start))
       bar.update(min(batch_size, num - start))
@@ -104,6 +124,39 @@ def trajectories(
   return np.asarray(run(score))
 
 
+def evaluation(
+  one_batch: Callable[[Params, Array, Array], dict[str, Array]], source: Source, batch_size: int, seed: int, mesh: Mesh
+) -> Callable[[Params, int], dict[str, np.ndarray]]:
+  """What evaluates a batch of a source: from parameters, replicated over the mesh, and the first of the examples to
+  arrays `[batch_size]`.
+
+  It is compiled once for all parameters.
+
+  Args:
+    one_batch: `(params, keys [b], x [b, *d]) -> arrays [b]`, example by example.
+    source: the examples; a batch beyond their end is filled up by the last one.
+    batch_size: how many at a time, divisible by the number of devices.
+    seed: of the noise of the evaluation.
+    mesh: the devices.
+
+  Returns:
+    `(params, start) -> arrays [batch_size]`, named as those of `one_batch`, and `index`: which examples they are.
+  """
+  key, sharded = jax.random.fold_in(jax.random.key(seed), _LIKELIHOOD), parallel.shard_examples(one_batch, mesh)
+  split = parallel.batch_sharding(mesh)
+  run = jax.jit(
+    lambda params, start, x: sharded(params, keys.example_keys(key, start, batch_size), x), out_shardings=split
+  )
+
+  def batch(params: Params, start: int) -> dict[str, np.ndarray]:
+    rows = start + np.arange(batch_size)
+    host = source.gather(np.minimum(rows, len(source) - 1))["x"]
+    x = jax.make_array_from_callback(host.shape, split, lambda index: host[index])
+    return {**parallel.to_host(run(params, np.int32(start), x)), "index": rows}
+
+  return batch
+
+
 def evaluator(
   one_batch: Callable[[Params, Array, Array], dict[str, Array]],
   params: Params,
@@ -112,27 +165,6 @@ def evaluator(
   seed: int,
   mesh: Mesh,
 ) -> Callable[[int], dict[str, np.ndarray]]:
-  """What evaluates a batch of a source: from the first of its examples to arrays `[batch_size]`; compiled once.
-
-  Args:
-    one_batch: `(params, keys [b], x [b, *d]) -> arrays [b]`, example by example.
-    params: the parameters.
-    source: the examples; a batch beyond their end is filled up by the last one.
-    batch_size: how many at a time, divisible by the number of devices.
-    seed: of the noise of the evaluation.
-    mesh: the devices.
-
-  Returns:
-    `(start) -> arrays [batch_size]`, named as those of `one_batch`, and `index`: which examples they are.
-  """
-  run = jax.jit(parallel.shard_examples(one_batch, mesh))
-  params, key = parallel.replicate(mesh, params), jax.random.fold_in(jax.random.key(seed), _LIKELIHOOD)
-
-  def batch(start: int) -> dict[str, np.ndarray]:
-    rows = start + np.arange(batch_size)
-    x = source.gather(np.minimum(rows, len(source) - 1))["x"]
-    example = keys.example_keys(key, start, batch_size)
-    values = jax.device_get(run(params, example, *jax.device_put([x], parallel.batch_sharding(mesh))))
-    return {**values, "index": rows}
-
-  return batch
+  """`evaluation` of one model: from the first of the examples to the arrays."""
+  run, params = evaluation(one_batch, source, batch_size, seed, mesh), parallel.replicate(mesh, params)
+  return lambda start: run(params, start)

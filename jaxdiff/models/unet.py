@@ -5,7 +5,11 @@ way up, which also read the skip connections; between levels height and width ha
 Nichol, 2021), the time embedding scales and shifts the normalized features.
 """
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -21,6 +25,18 @@ from jaxdiff.models.layers import (
   fourier_features,
   upsample,
 )
+
+
+def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
+  """Keeps convolutions and products with weights, not those of attention, whose size is quadratic in the positions."""
+  products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return primitive is jax.lax.conv_general_dilated_p or products(primitive, *args, **params)
+
+
+_POLICIES: dict[str, Callable[..., Any]] = {
+  "dots": _keep_products,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class UNet(nn.Module):
@@ -41,9 +57,11 @@ class UNet(nn.Module):
       prediction does); 0 for none.
     parts: how many times the channels of x the output has: 2 for `losses.ddpm_hybrid` and learned variances.
     dtype: type of the computation; parameters are float32.
+    remat: what the backward pass computes again, to save memory: "none"; "full", all within every residual block and
+      attention, of which only the inputs are kept; "dots", norms, activations and attention weights, while the results
+      of convolutions and of products with weights are kept. Parameters, outputs and gradients are the same.
 
   Example:
-    >>> import jax
     >>> net, x, t = UNet(channels=16), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
     >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
     >>> jax.jit(net.apply)(params, x, t).shape
@@ -61,6 +79,7 @@ class UNet(nn.Module):
   fourier_levels: int = 0
   parts: int = 1
   dtype: DTypeLike = jnp.float32
+  remat: Literal["none", "dots", "full"] = "none"
 
   @nn.compact
   def __call__(
@@ -78,7 +97,8 @@ class UNet(nn.Module):
 
     Raises:
       ValueError: if x is not [b, h, w, c], t not [b], h or w not divisible by 2^(levels - 1), the channels of a level
-        not divisible by `groups` or, with attention, `heads`, or `attention_levels` names a level that does not exist.
+        not divisible by `groups` or, with attention, `heads`, `attention_levels` names a level that does not exist, or
+        `remat` is none of the three.
       TypeError: if x is not of floats.
     """
     self._check(x, t)
@@ -111,6 +131,8 @@ class UNet(nn.Module):
     levels = len(self.channel_multipliers)
     if wrong := [level for level in self.attention_levels if not 0 <= level < levels]:
       raise ValueError(f"attention_levels={self.attention_levels}: there is no level {wrong[0]}, take 0..{levels - 1}")
+    if self.remat not in ("none", *_POLICIES):
+      raise ValueError(f"remat={self.remat!r}: must be 'none', 'dots' or 'full'")
     factor = 2 ** (levels - 1)
     check_divisible("height of x", x.shape[1], "2^(levels - 1)", factor)
     check_divisible("width of x", x.shape[2], "2^(levels - 1)", factor)
@@ -121,10 +143,16 @@ class UNet(nn.Module):
 
   def _residual(self, h: Array, embedding: Array, level: int, train: bool) -> Array:
     features = self.channels * self.channel_multipliers[level]
-    return ResidualBlock(features, self.groups, self.dropout, self.dtype)(h, embedding, deterministic=not train)
+    apply = lambda _, h, embedding: ResidualBlock(features, self.groups, self.dropout, self.dtype)(
+      h, embedding, deterministic=not train
+    )
+    return self._rematerialized(apply)(self, h, embedding)
 
   def _attention(self, h: Array) -> Array:
-    return SelfAttention(self.heads, self.groups, self.dtype)(h)
+    return self._rematerialized(lambda _, h: SelfAttention(self.heads, self.groups, self.dtype)(h))(self, h)
+
+  def _rematerialized(self, apply: Callable[..., Array]) -> Callable[..., Array]:
+    return apply if self.remat == "none" else nn.remat(apply, policy=_POLICIES[self.remat])
 
   def _block(self, h: Array, embedding: Array, level: int, train: bool) -> Array:
     h = self._residual(h, embedding, level, train)

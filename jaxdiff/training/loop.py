@@ -1,105 +1,119 @@
 """The training loop: batches in, steps, metrics and checkpoints out.
 
 Step and batch counts run together (batch s makes update s), noise depends on (key, step) only, and a checkpoint is
-taken between two steps with the iterator standing at the same place: so a run that was interrupted and continued ends
-at the same parameters, bit for bit. The device is never waited for except for its step before last, so that the next
-batch is prepared while a step runs, and metrics come to the host only when they are logged.
+taken between two steps with the place of the data at the same step: so a run that was interrupted and continued ends
+at the same parameters, bit for bit. While a step runs on the devices the next batch is read and sent to them; the
+loop waits for the step before last only, and metrics come to the host when they are logged.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxdiff.parallel import shard_batch
+from jaxdiff.parallel import Launcher
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.feed import Feed
 from jaxdiff.training.metrics import MetricsWriter
 from jaxdiff.training.progress import Progress
 from jaxdiff.training.state import TrainState, all_finite
 
+Hook = Callable[[int, TrainState], None]
+
 
 class NonFiniteError(RuntimeError):
-  """The loss, the gradient or the parameters became infinite or NaN."""
+  """Too many steps in a row had a loss or gradient that is infinite or NaN, or the parameters are."""
 
 
 def train(
   state: TrainState,
   step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-  iterator: Any,
+  iterator: Iterator[dict[str, np.ndarray]],
   *,
-  mesh: Mesh,
+  launcher: Launcher,
   global_batch: int,
   total_steps: int,
+  steps_per_dispatch: int = 1,
   log_every: int = 50,
-  workdir: str | Path | None = None,
+  writer: MetricsWriter | None = None,
+  rates: Callable[[float], dict[str, float]] = lambda steps_per_second: {},
   checkpoints: Checkpoints | None = None,
   checkpoint_every: int = 1000,
-  should_stop: Callable[[], bool] = lambda: False,
+  max_skipped: int = 10,
+  hooks: Sequence[Hook] = (),
+  should_stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
   """Runs `step_fn` from `state.step` to `total_steps`.
 
   Metrics are means over the steps since the last record, written every `log_every` steps, at every checkpoint and at
-  the end.
+  the end: those of the steps, without the skipped ones; "skipped", their number; "steps_per_second",
+  "examples_per_second", and "input_wait", the share of the time in which the loop waited for the iterator.
 
   Args:
-    state: where to start, on the devices of `mesh`; donated, use the returned one.
-    step_fn: `step_fn(state, batch, index) -> (state, metrics)` from `jaxdiff.parallel.jit_train_step`.
-    iterator: yields dicts of host arrays [global_batch, ...]; a grain iterator if there are checkpoints, at the
-      position of `state`.
-    mesh: the devices, from `jaxdiff.parallel.make_mesh`.
-    global_batch: examples per step, divisible by the number of devices.
+    state: where to start, as `launcher.create` makes it; donated, use the returned one.
+    step_fn: `step_fn(state, batch, index) -> (state, metrics)` from `launcher.compile(train_step, steps_per_dispatch)`.
+    iterator: yields dicts of host arrays [global_batch / processes, ...], the rows of this process; with `get_state()`
+      (plain JSON, equal on all processes) if there are checkpoints, at the position of `state`.
+    launcher: from `jaxdiff.parallel.jit_launcher` or `pmap_launcher`.
+    global_batch: examples per step over all processes, divisible by the number of devices.
     total_steps: the step to stop at; nothing happens if `state` is there already.
+    steps_per_dispatch: steps in one call of `step_fn`; divides all other numbers of steps.
     log_every: steps between two records.
-    workdir: gets metrics.jsonl and tensorboard/; None for neither.
+    writer: where records go; None for nowhere.
+    rates: more values for a record, from the steps per second (FLOPs, memory).
     checkpoints: where to save every `checkpoint_every` steps and at the end; None for never. All are complete on
       return.
     checkpoint_every: steps between two checkpoints.
-    should_stop: asked after every step; the step at which it says yes is the last, recorded and saved as such.
+    max_skipped: how many steps in a row may be skipped because they are not finite; noticed when they are logged.
+    hooks: `hook(step, state)`, called after every dispatch (see `jaxdiff.training.hooks`). Not counted in the rates.
+    should_stop: asked after every dispatch; the step at which it says yes is the last, recorded and saved as such.
+      All processes must say the same.
 
   Returns:
     The state at `total_steps`, or where it was to stop.
 
   Raises:
     ValueError: an argument is out of range, the batch cannot be split over the devices, or the iterator ends too early.
-    NonFiniteError: loss, gradient or parameters became infinite or NaN; names the steps and the last good checkpoint,
-      which is kept.
+    NonFiniteError: more than `max_skipped` steps in a row, or the parameters, were not finite; names the steps and the
+      last good checkpoint, which is kept.
+    CheckpointError: a checkpoint cannot be written; the last good one is kept.
   """
-  for name, value in {
-    "log_every": log_every,
-    "checkpoint_every": checkpoint_every,
-    "global_batch": global_batch,
-  }.items():
-    if value < 1:
-      raise ValueError(f"{name}={value!r}: must be at least 1")
-  index = shard_batch(mesh, np.arange(global_batch, dtype=np.int32))
-  start = int(state.step)
-  pending: list[dict[str, jax.Array]] = []
-  with MetricsWriter(workdir, start) as writer, Progress(total_steps, start) as progress:
-    since = time.perf_counter()
-    for step in range(start + 1, total_steps + 1):
-      batch = shard_batch(mesh, _next_batch(iterator, step, total_steps))
-      state, metrics = step_fn(state, batch, index)
+  start, every = int(state.step), {"log_every": log_every, "checkpoint_every": checkpoint_every}
+  _check(start, steps_per_dispatch, max_skipped, global_batch, {**every, "total_steps": total_steps})
+  rows = np.array_split(np.arange(global_batch, dtype=np.int32), jax.process_count())[jax.process_index()]
+  index, pending = launcher.put(rows), list[dict[str, jax.Array]]()
+  feed = Feed(iterator, launcher.put, steps_per_dispatch, total_steps - start)
+  with Progress(total_steps, start, silent=jax.process_index() > 0) as progress:
+    since, waited = time.perf_counter(), feed.waited
+    for step in range(start + steps_per_dispatch, total_steps + 1, steps_per_dispatch):
+      state, metrics = step_fn(state, feed.take(step), index)
+      feed.fetch()
       jax.block_until_ready(pending[-1:])
       pending.append(metrics)
-      progress.advance()
+      progress.advance(steps_per_dispatch)
 
-      last = step == total_steps or should_stop()
+      last = step == total_steps or should_stop(step)
       saving = checkpoints is not None and (step % checkpoint_every == 0 or last)
       if saving or step % log_every == 0 or last:
-        record = _mean_metrics(jax.device_get(pending), step, checkpoints)
-        record["steps_per_second"] = len(pending) / (time.perf_counter() - since)
-        writer.write(step, record)
+        record = _means(jax.device_get(pending), step, max_skipped, checkpoints)
+        seconds = time.perf_counter() - since
+        speed = len(pending) * steps_per_dispatch / seconds
+        record |= {"steps_per_second": speed, "examples_per_second": speed * global_batch}
+        record |= {"input_wait": (feed.waited - waited) / seconds, **rates(speed)}
         progress.report(step, record)
-        pending, since = [], time.perf_counter()
+        if writer is not None:
+          writer.write(step, record)
+        pending, since, waited = [], time.perf_counter(), feed.waited
       if checkpoints is not None and saving:
         if not all_finite(state):
           raise NonFiniteError(f"the parameters are not finite at step {step}; {_advice(checkpoints)}")
-        checkpoints.save(state, iterator.get_state())
+        checkpoints.save(state, feed.position)
+      paused = time.perf_counter()
+      for hook in hooks:
+        hook(step, state)
+      since += time.perf_counter() - paused
       if last:
         break
   if checkpoints is not None:
@@ -107,24 +121,32 @@ def train(
   return state
 
 
-def _next_batch(iterator: Iterator[dict[str, Any]], step: int, total_steps: int) -> dict[str, Any]:
-  try:
-    return next(iterator)
-  except StopIteration:
-    raise ValueError(
-      f"iterator: ended before step {step} of total_steps={total_steps}; repeat the data set, or lower total_steps"
-    ) from None
+def _check(start: int, per_dispatch: int, max_skipped: int, global_batch: int, steps: dict[str, int]) -> None:
+  counts = {"steps_per_dispatch": per_dispatch, "max_skipped": max_skipped, "global_batch": global_batch}
+  for name, value in {**counts, **steps}.items():
+    if value < 1:
+      raise ValueError(f"{name}={value!r}: must be at least 1")
+  for name, value in {**steps, "the step to continue from": start}.items():
+    if value % per_dispatch:
+      raise ValueError(f"steps_per_dispatch={per_dispatch} does not divide {name}, {value}; take a divisor, or 1")
 
 
-def _mean_metrics(records: list[dict[str, np.ndarray]], step: int, checkpoints: Checkpoints | None) -> dict[str, float]:
-  first = step - len(records) + 1
-  for i, record in enumerate(records):
-    if not (np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"])):
-      raise NonFiniteError(
-        f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {first + i}, "
-        f"the first of steps {first} to {step} that is not finite; {_advice(checkpoints)}"
-      )
-  return {name: math.fsum(float(record[name]) for record in records) / len(records) for name in records[0]}
+def _means(
+  records: Sequence[dict[str, np.ndarray]], step: int, max_skipped: int, checkpoints: Checkpoints | None
+) -> dict[str, float]:
+  """The means over the steps that were not skipped; none of these if all were."""
+  columns = {name: np.concatenate([np.atleast_1d(record[name]) for record in records]) for name in records[0]}
+  rows = columns.pop("skipped_in_a_row")
+  if (rows > max_skipped).any():
+    bad = int(np.argmax(rows > max_skipped))
+    raise NonFiniteError(
+      f"loss {columns['loss'][bad]}, gradient norm {columns['grad_norm'][bad]} at step {step - len(rows) + 1 + bad}, "
+      f"the last of {rows[bad]:.0f} steps in a row that were not finite and were skipped (max_skipped={max_skipped}); "
+      f"{_advice(checkpoints)}"
+    )
+  good = columns.pop("skipped") == 0
+  means = {name: math.fsum(column[good].tolist()) / good.sum() for name, column in columns.items() if good.any()}
+  return {**means, "skipped": float((~good).sum())}
 
 
 def _advice(checkpoints: Checkpoints | None) -> str:

@@ -15,6 +15,7 @@ class Progress:
     start: the step that training continues from.
     out: the stream to write to; standard error by default.
     every: seconds between two plain lines where `out` is no terminal; the first report and the last step always print.
+    silent: whether to show nothing: of several processes one reports.
 
   Example:
     >>> with Progress(total=100, start=0, out=sys.stdout) as progress:
@@ -22,26 +23,28 @@ class Progress:
     step 100/100, loss 0.25, ... steps/s, 00:00 left
   """
 
-  def __init__(self, total: int, start: int, out: TextIOBase | None = None, every: float = 10.0):
+  def __init__(self, total: int, start: int, out: TextIOBase | None = None, every: float = 10.0, silent: bool = False):
     self._out = sys.stderr if out is None else out
+    self._silent = silent
     self._total, self._start, self._every = total, start, every
     self._begin, self._printed = time.monotonic(), -float("inf")
-    bar = self._out.isatty()
+    bar = self._out.isatty() and not silent
     self._bar = tqdm(total=total, initial=start, file=self._out, unit="step", dynamic_ncols=True) if bar else None
 
-  def advance(self) -> None:
-    """Counts one more step."""
+  def advance(self, steps: int = 1) -> None:
+    """Counts more steps."""
     if self._bar is not None:
-      self._bar.update()
+      self._bar.update(steps)
 
   def report(self, step: int, values: dict[str, float]) -> None:
     """Shows the newest loss: `values["loss_per_dim"]` where it is there, else `values["loss"]`."""
-    loss = f"loss/dim {values['loss_per_dim']:.4g}" if "loss_per_dim" in values else f"loss {values['loss']:.4g}"
+    name, label = ("loss_per_dim", "loss/dim") if "loss_per_dim" in values else ("loss", "loss")
+    loss = f"{label} {values.get(name, float('nan')):.4g}"
     if self._bar is not None:
       self._bar.set_postfix_str(loss, refresh=False)
       return
     now = time.monotonic()
-    if step < self._total and now - self._printed < self._every:
+    if self._silent or (step < self._total and now - self._printed < self._every):
       return
     self._printed = now
     speed = (step - self._start) / max(now - self._begin, 1e-9)

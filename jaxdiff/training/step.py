@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxdiff.parallel import gathered
 from jaxdiff.training import ema
 from jaxdiff.training.state import TrainState, wide
 
@@ -112,7 +113,7 @@ def make_train_step(
     batch = {**batch, "u": stratified_uniforms(state.key, state.step, index, global_batch)}
 
     def mean_loss(params, keys, batch):
-      losses, aux = objective(params, keys, batch)
+      losses, aux = objective(gathered(params), keys, batch)
       _check_objective(losses, aux, keys)
       means = jax.tree.map(lambda v: _sum(v) / global_batch, {"loss": losses, **aux})
       return means["loss"], means

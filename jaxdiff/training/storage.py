@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
 import numpy as np
@@ -50,6 +50,8 @@ class StepWriter:
     keep_every: of the older ones, those whose step is a multiple of this stay too.
   """
 
+  _writing: ClassVar["StepWriter | None"] = None  # the one that saved last, of all in this process
+
   def __init__(self, directory: str | Path, keep: int | None = None, keep_every: int | None = None):
     self.directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
@@ -60,6 +62,9 @@ class StepWriter:
     """Writes pytrees of arrays, which may change once this returns, and dicts of JSON values."""
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     items |= {name: ocp.args.JsonSave(_sealed(value)) for name, value in values.items()}
+    if (other := StepWriter._writing) not in (None, self):
+      other.wait()  # of several processes, orbax confuses the barriers of two saves at a time
+    StepWriter._writing = self
     with self._errors():
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -70,6 +75,8 @@ class StepWriter:
 
   def close(self) -> None:
     """Waits, and ends the threads; an error that was raised before is not raised again."""
+    if StepWriter._writing is self:
+      StepWriter._writing = None
     with contextlib.suppress(SaveError) if self._failed else contextlib.nullcontext(), self._errors():
       self._manager.close()
 

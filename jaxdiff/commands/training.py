@@ -1,0 +1,228 @@
+"""The command `train`: from a checked config to a trained run, on one process or on several."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxdiff import factory, keys, objectives, parallel, rundir, training
+from jaxdiff.commands import console
+from jaxdiff.data import pipeline
+from jaxdiff.data.examples import Source
+from jaxdiff.evaluation import pictures, runs
+from jaxdiff.schema import Config, ConfigError, TrainSettings
+from jaxdiff.training import cost, hooks
+from jaxdiff.training.metrics import MetricsWriter, read_metrics
+from jaxdiff.training.snapshots import Snapshots
+from jaxdiff.training.state import TrainState
+
+_BOUND_DRAWS = 4  # of the variational bound in a validation
+
+
+def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> None:
+  """Train from the newest checkpoint in the workdir, or from the start; `profile` traces the steps between its two."""
+  settings = factory.train_settings(config)
+  launcher = _launcher(settings)
+  console.check_batch("train.batch_size", settings.batch_size, launcher.mesh.size, settings.microbatches)
+  source = console.together(lambda: factory.make_source(config, "train"))
+  if settings.batch_size > len(source):
+    raise ConfigError(f"config.train.batch_size = {settings.batch_size} exceeds the {len(source)} training examples")
+  fingerprint = rundir.fingerprint(config, source)
+  rundir.check_same_everywhere({"config": config, "data": fingerprint["data"]})
+
+  objective, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
+  key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
+
+  def init() -> TrainState:
+    return training.init_state(factory.init_params(config, source), optimizer, key, settings.ema_lengths)
+
+  def make_step(microbatches: int) -> Callable[..., Any]:
+    return training.make_train_step(
+      objective,
+      optimizer,
+      settings.ema_decay,
+      settings.batch_size,
+      ema_lengths=settings.ema_lengths,
+      microbatches=microbatches,
+    )
+
+  iterator = pipeline.train_batches(
+    source, settings.batch_size, config["seed"], jax.process_index(), jax.process_count()
+  )
+  abstract = launcher.abstract(init)
+  _introduce(source, abstract, launcher)
+  with contextlib.ExitStack() as stack:
+    if console.first_process():
+      stack.enter_context(rundir.claimed(workdir, config))
+    checkpoints = stack.enter_context(
+      training.Checkpoints(workdir / "checkpoints", fingerprint, keep=settings.keep, keep_every=settings.keep_every)
+    )
+    state = checkpoints.restore_latest(abstract, iterator) or launcher.create(init)
+    start = int(state.step)
+    if console.first_process():
+      factory.write(config, workdir / "config.json")
+    console.say(_standing(start, settings.steps))
+    folder = workdir if console.first_process() else None
+    writer = stack.enter_context(MetricsWriter(folder, start, settings.wandb))
+    stop = stack.enter_context(rundir.StopSignal())
+    flops = cost.step_flops(make_step(1), *_abstract_arguments(abstract, source, settings.batch_size))
+    state = training.train(
+      state,
+      launcher.compile(make_step(settings.microbatches), settings.steps_per_dispatch),
+      iterator,
+      launcher=launcher,
+      global_batch=settings.batch_size,
+      total_steps=settings.steps,
+      steps_per_dispatch=settings.steps_per_dispatch,
+      log_every=settings.log_every,
+      writer=writer,
+      rates=cost.rates(flops),
+      checkpoints=checkpoints,
+      checkpoint_every=settings.checkpoint_every,
+      max_skipped=settings.max_skipped,
+      hooks=list(_hooks(config, source, launcher, writer, workdir, profile, stack)),
+      should_stop=stop.agreed,
+    )
+  if stop.signum is not None:
+    raise rundir.Stopped(stop.signum, int(state.step))
+  if console.first_process():
+    _show_loss(workdir, source)
+    console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "samples", "config.json")
+
+
+def _launcher(settings: TrainSettings) -> parallel.Launcher:
+  if settings.launcher == "pmap":
+    if settings.fsdp > 1:
+      raise ConfigError(f"config.train.fsdp = {settings.fsdp} needs config.train.launcher = 'jit': pmap replicates")
+    return parallel.pmap_launcher()
+  try:
+    return parallel.jit_launcher(parallel.make_mesh(jax.devices(), settings.fsdp))
+  except ValueError as error:
+    raise ConfigError(f"config.train.fsdp: {error}") from error
+
+
+def _introduce(source: Source, state: TrainState, launcher: parallel.Launcher) -> None:
+  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  devices = f"{launcher.mesh.size} {jax.devices()[0].device_kind}"
+  among = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  console.say(f"{source.name}: {len(source)} examples {source.shape}; {count:,} parameters; {devices}{among}")
+
+
+def _standing(step: int, steps: int) -> str:
+  if step >= steps:
+    return f"this run is finished: {step} of {steps} steps are done; to train longer, take another workdir"
+  return f"continuing from step {step}" if step else f"training for {steps} steps"
+
+
+def _abstract_arguments(state: TrainState, source: Source, batch_size: int) -> tuple[Any, ...]:
+  """What a train step takes, without places: shapes and types."""
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), source.gather([0]))
+  plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+  return plain, batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+
+
+def _hooks(
+  config: Config,
+  source: Source,
+  launcher: parallel.Launcher,
+  writer: MetricsWriter,
+  workdir: Path,
+  profile: tuple[int, int] | None,
+  stack: contextlib.ExitStack,
+) -> Iterator[training.Hook]:
+  settings = factory.train_settings(config)
+  if settings.ema_lengths:
+    stored = stack.enter_context(Snapshots(workdir / "snapshots", settings.ema_lengths))
+    yield hooks.every(settings.snapshot_every, lambda step, state: stored.save(state), settings.steps)
+  if settings.validate_every:
+    run = _validation(config, launcher, writer)
+    yield hooks.every(settings.validate_every, run, settings.steps)
+  if settings.sample_every:
+    draw = _sampling(config, source, launcher, writer, workdir / "samples")
+    yield hooks.every(settings.sample_every, draw, settings.steps)
+  if profile is not None:
+    try:
+      traced = hooks.Profile(workdir / "profile", *profile)
+    except ValueError as error:
+      raise ConfigError(f"--{error}") from error
+    stack.callback(traced.close)
+    yield traced
+
+
+def _validation(
+  config: Config, launcher: parallel.Launcher, writer: MetricsWriter
+) -> Callable[[int, TrainState], None]:
+  """Writes the mean loss of held-out examples and, where there is one, their variational bound, of the average.
+
+  The noise is the same each time, so that the numbers can be compared.
+  """
+  settings, split = factory.train_settings(config), factory.likelihood_settings(config).split
+  config = config | {"likelihood": {**config["likelihood"], "dtype": "float32"}}
+  held_out = factory.make_source(config, split)
+  count = min(settings.validate_examples, len(held_out))
+  size = console.batch_size(settings.batch_size, count, launcher.mesh.size)
+  objective = objectives.make_objective(config, held_out, training=False)
+
+  def one_batch(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
+    loss_key, time_key, bound_key = keys.split(key, 3)
+    loss, aux = objective(params, loss_key, {"x": x, "u": keys.uniform(time_key, (len(x),))})
+    values = {"validation_loss": loss, "validation_loss_per_dim": aux["loss_per_dim"]}
+    if not factory.is_flow(config):
+      bound = objectives.make_bound(config, params, held_out, _BOUND_DRAWS)
+      values["validation_bound"] = bound(params, bound_key, x)["bound"]
+    return values
+
+  evaluate = runs.evaluation(one_batch, held_out, size, config["seed"], launcher.mesh)
+
+  def run(step: int, state: TrainState) -> None:
+    params = parallel.replicate(launcher.mesh, state.ema_params)
+    parts = [evaluate(params, start) for start in range(0, count, size)]
+    names = [name for name in parts[0] if name != "index"]
+    writer.write(step, {n: float(np.concatenate([part[n] for part in parts])[:count].mean()) for n in names})
+
+  return run
+
+
+def _sampling(
+  config: Config, source: Source, launcher: parallel.Launcher, writer: MetricsWriter, folder: Path
+) -> training.Hook:
+  """Draws samples of the average into a picture a step, and shows it."""
+  settings, mesh = factory.sample_settings(config), launcher.mesh
+  if not console.can_be_shown(source):
+    raise ConfigError(f"config.train.sample_every shows images or points in the plane; the data are {source.shape}")
+  console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
+
+  def make(params: Any) -> Callable[..., Any]:
+    process = factory.make_process(config, params)
+    sampler, score = factory.make_sampler(config, process), factory.make_score(config)
+    return runs.sampling(score, process, sampler, source.shape, settings.batch_size, settings.seed, mesh)
+
+  fixed = make(None) if factory.learned(config) is None else None
+
+  def run(step: int, state: TrainState) -> None:
+    params = parallel.replicate(mesh, state.ema_params)
+    draw = fixed or make(parallel.to_host(params))
+    parts = [draw(params, start)["x"] for start in range(0, settings.num, settings.batch_size)]
+    if console.first_process():
+      folder.mkdir(exist_ok=True)
+      path = folder / f"{step:08}.png"
+      shown = source.gather(np.arange(min(len(source), settings.num)))["x"]
+      pictures.save_samples(path, np.concatenate(parts)[: settings.num], shown)
+      writer.picture(step, "samples", np.asarray(Image.open(path).convert("RGB")))
+
+  return run
+
+
+def _show_loss(workdir: Path, source: Source) -> None:
+  records = [record for record in read_metrics(workdir / "metrics.jsonl") if "loss" in record]
+  pictures.save_loss(
+    workdir / "loss.png",
+    [int(record["step"]) for record in records],
+    [record["loss"] / np.prod(source.shape) for record in records],
+    "loss/dim",
+  )

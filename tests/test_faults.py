@@ -1,0 +1,210 @@
+"""What can happen to a training, and that it ends at the same bits all the same: the fault table of the README.
+
+Every test runs the command line in processes of its own. Those of two processes use the loopback.
+"""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff import factory
+from jaxdiff.training import load_params
+from jaxdiff.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, EVERY = 120, 5
+TINY = [
+  f"--config={ROOT / 'configs' / 'toy2d.py'}",
+  "--config.network.width=16",
+  "--config.network.depth=1",
+  "--config.data.size=400",
+  "--config.train.batch_size=64",
+  f"--config.train.steps={STEPS}",
+  "--config.train.log_every=1",
+  f"--config.train.checkpoint_every={EVERY}",
+  "--config.train.ema_lengths=(0.1,)",
+  "--config.train.snapshot_every=40",
+  "--config.optimizer.warmup_steps=5",
+]
+DONE, FAILED, MISTAKE, TERMINATED = 0, 1, 2, 143
+
+
+def start(workdir, *arguments, devices=1):
+  """The command `train` in a process of its own."""
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+  command = [sys.executable, "-m", "jaxdiff.cli", "train", f"--workdir={workdir}", *TINY, *arguments]
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+  )
+
+
+def finish(*processes, timeout=240):
+  """Their exit codes and what they said."""
+  try:
+    said = [process.communicate(timeout=timeout)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [process.returncode for process in processes], said
+
+
+def pair(workdir, *arguments, devices=2):
+  """Two processes of one training on the loopback."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  joined = [f"--coordinator={address}", "--processes=2"]
+  return [start(workdir, *joined, f"--process={k}", *arguments, devices=devices) for k in (0, 1)]
+
+
+def steps_of(workdir):
+  path = workdir / "metrics.jsonl"
+  return [record["step"] for record in read_metrics(path)] if path.exists() else []
+
+
+def wait_for(condition, seconds=240):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, "it did not come to that"
+    time.sleep(0.002)
+
+
+def params_of(workdir):
+  config = factory.read(workdir / "config.json")
+  source = factory.make_source(config, "train")
+  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  return [load_params(workdir / "checkpoints", shapes, ema=ema) for ema in (False, True)]
+
+
+def assert_same(a, b):
+  for x, y in zip(jax.tree.leaves(params_of(a)), jax.tree.leaves(params_of(b)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp("whole")
+  codes, said = finish(start(workdir))
+  assert codes == [DONE], said
+  return workdir
+
+
+def kill_at_random(workdir, rng, kills):
+  """Kills a training so many times, each at some moment of its next few steps; how many of them hit a checkpoint that
+  was being written.
+  """
+  in_a_write = 0
+  for _ in range(kills):
+    before, process = len(steps_of(workdir)), start(workdir)
+    wait_for(lambda: len(steps_of(workdir)) != before or process.poll() is not None)
+    target = len(steps_of(workdir)) + int(rng.integers(0, STEPS // kills))
+    wait_for(lambda: len(steps_of(workdir)) >= target or process.poll() is not None)
+    time.sleep(rng.uniform(0.0, 0.03))
+    process.send_signal(signal.SIGKILL)
+    (code,), said = finish(process)
+    assert code == -signal.SIGKILL, said
+    in_a_write += bool(list((workdir / "checkpoints").glob("*tmp*")))
+  return in_a_write
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_ends_at_the_same_bits(whole, tmp_path, kills):
+  seed = int.from_bytes(os.urandom(4), "little")
+  print("seed", seed)
+  in_a_write = kill_at_random(tmp_path, np.random.default_rng(seed), kills)
+  codes, said = finish(start(tmp_path))
+  assert codes == [DONE], said
+  assert_same(whole, tmp_path)
+  assert steps_of(tmp_path) == list(range(1, STEPS + 1))
+  print(f"{in_a_write} of {kills} kills hit a write")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(whole, tmp_path):
+  process = start(tmp_path)
+  wait_for(lambda: len(steps_of(tmp_path)) > 3)
+  process.send_signal(signal.SIGTERM)
+  (code,), (said,) = finish(process)
+  assert code == TERMINATED
+  assert f"stopped at step {steps_of(tmp_path)[-1]}, which is saved" in said
+  codes, said = finish(start(tmp_path))
+  assert codes == [DONE], said
+  assert_same(whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["jit", "pmap"])
+def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(tmp_path, launcher):
+  """SIGKILL of one of two processes; then on one process with one device and with eight."""
+  flag = f"--launcher={launcher}"
+  codes, said = finish(*pair(tmp_path / "whole", flag))
+  assert codes == [DONE, DONE], said
+  processes = pair(tmp_path / "killed", flag)
+  wait_for(lambda: len(steps_of(tmp_path / "killed")) > 2 * EVERY)
+  processes[1].send_signal(signal.SIGKILL)
+  begin = time.monotonic()
+  codes, said = finish(*processes)
+  assert codes[1] == -signal.SIGKILL, "the training ended before the kill"
+  assert codes[0] not in (DONE, -signal.SIGKILL), said
+  print(f"the other process ended after {time.monotonic() - begin:.1f} s with {codes[0]}")
+  codes, said = finish(*pair(tmp_path / "killed", flag))
+  assert codes == [DONE, DONE], said
+  assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["jit", "pmap"])
+def test_a_checkpoint_of_two_processes_goes_on_with_one(tmp_path, launcher):
+  """What two processes of two devices saved at SIGTERM gives the next losses on 1 x 1 and 1 x 8 devices."""
+  steps = 1500  # the notice of SIGTERM takes seconds to go round
+  flags = [f"--launcher={launcher}", "--config.train.checkpoint_every=500", f"--config.train.steps={steps}"]
+  processes = pair(tmp_path / "two", *flags)
+  wait_for(lambda: len(steps_of(tmp_path / "two")) > 2)
+  processes[1].send_signal(signal.SIGTERM)
+  codes, said = finish(*processes)
+  assert codes == [TERMINATED, TERMINATED], said
+  stopped = steps_of(tmp_path / "two")[-1]
+  for devices in (1, 8):
+    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / str(devices)], check=True)
+    codes, said = finish(start(tmp_path / str(devices), *flags, devices=devices))
+    assert codes == [DONE], said
+    assert f"continuing from step {stopped}" in said[0]
+  codes, said = finish(*pair(tmp_path / "two", *flags))
+  assert codes == [DONE, DONE], said
+  losses = {
+    name: [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("two", "1", "8")
+  }
+  assert len(losses["two"]) == steps
+  for name in ("1", "8"):
+    np.testing.assert_allclose(losses[name][: stopped + 5], losses["two"][: stopped + 5], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_all_name_the_difference(tmp_path):
+  first, second = pair(tmp_path / "run"), None
+  first[1].kill()
+  address = next(part for part in first[0].args if part.startswith("--coordinator"))
+  second = start(tmp_path / "run", address, "--processes=2", "--process=1", "--config.seed=5", devices=2)
+  codes, said = finish(first[0], second)
+  assert codes == [MISTAKE, MISTAKE], said
+  for text in said:
+    assert "the processes were not started alike: config.seed was 0, is 5 on process 1" in text
+
+
+def test_an_unreachable_coordinator_is_named(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  process = start(tmp_path / "run", f"--coordinator={address}", "--processes=2", "--process=1", "--timeout=2")
+  (code,), (said,) = finish(process)
+  assert code == MISTAKE
+  assert address in said

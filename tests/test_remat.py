@@ -1,0 +1,103 @@
+"""Rematerialization and bfloat16: the same network and the same training, with less memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdiff as jd
+from jaxdiff.models import UNet
+from jaxdiff.training import init_state, make_train_step
+
+POLICIES = "none", "dots", "full"
+NET = UNet(channels=4, channel_multipliers=(1,), blocks=1, attention_levels=(0,), heads=2, groups=2, dropout=0.5)
+X, T = jax.random.normal(jax.random.key(1), (2, 4, 4, 1)), jnp.array([0.1, 0.9])
+
+
+@functools.cache
+def trained(remat):
+  """Initial parameters, then the value and gradient of a sum of squares at others, with dropout."""
+  net = NET.clone(remat=remat)
+  params = jax.jit(net.init)(jax.random.key(0), X, T)
+  moved = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+  loss = lambda p: jnp.sum(net.apply(p, X, T, train=True, rngs={"dropout": jax.random.key(3)}) ** 2)
+  return params, *jax.jit(jax.value_and_grad(loss))(moved)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_parameters_outputs_and_gradients_are_those_without(remat):
+  (params, value, grads), (plain_params, plain_value, plain_grads) = trained(remat), trained("none")
+  assert jax.tree.structure(params) == jax.tree.structure(plain_params)
+  jax.tree.map(np.testing.assert_array_equal, params, plain_params)
+  np.testing.assert_allclose(value, plain_value, rtol=1e-6)
+  difference = optax.tree.norm(jax.tree.map(jnp.subtract, grads, plain_grads))
+  assert difference <= 1e-6 * optax.tree.norm(plain_grads)  # float32 sums in another order
+
+
+def _network(remat):
+  """A network of a few levels and a batch whose activations outweigh its parameters, both abstract."""
+  net = UNet(channels=8, channel_multipliers=(1, 2), blocks=2, attention_levels=(1,), heads=2, groups=4, remat=remat)
+  x, t = jax.ShapeDtypeStruct((32, 16, 16, 3), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32)
+  return net, jax.eval_shape(net.init, jax.random.key(0), x, t), x, t
+
+
+def _kept(remat):
+  """What the forward pass leaves for the backward pass, of shapes [b, ...]."""
+  net, params, x, t = _network(remat)
+  backward = jax.eval_shape(lambda p, x, t: jax.vjp(lambda p: net.apply(p, x, t), p)[1], params, x, t)
+  return [leaf for leaf in jax.tree.leaves(backward) if leaf.shape[:1] == (32,)]
+
+
+def test_what_is_kept_is_what_the_policy_says():
+  kept = {remat: _kept(remat) for remat in POLICIES}
+  size = {remat: sum(leaf.size for leaf in kept[remat]) for remat in POLICIES}
+  assert size["full"] < size["dots"] < size["none"] / 4, size
+  of_attention = {remat: [leaf.shape for leaf in kept[remat] if leaf.shape[-2:] == (64, 64)] for remat in POLICIES}
+  assert of_attention["none"]
+  assert not of_attention["dots"]
+  # "dots" keeps two convolutions of each of the twelve residual blocks, whose inputs are all that "full" keeps.
+  maps = {remat: sum(leaf.ndim == 4 for leaf in kept[remat]) for remat in POLICIES}
+  assert maps["dots"] - maps["full"] >= 12, maps
+
+
+def test_the_compiled_gradient_needs_less_memory():
+  """By the scheduler that spares memory: the default of the CPU runs at once whatever is independent."""
+  temporary = {}
+  for remat in ("none", "full"):
+    net, *arguments = _network(remat)
+    gradient = jax.jit(jax.grad(lambda p, x, t, net=net: jnp.sum(net.apply(p, x, t) ** 2)))
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    temporary[remat] = gradient.lower(*arguments).compile(options).memory_analysis().temp_size_in_bytes
+  assert temporary["full"] < 0.9 * temporary["none"], temporary
+
+
+@pytest.mark.usefixtures("untyped")
+def test_unknown_policies_are_refused():
+  with pytest.raises(ValueError, match="remat='half': must be 'none', 'dots' or 'full'"):
+    jax.eval_shape(NET.clone(remat="half").init, jax.random.key(0), X, T)
+
+
+@pytest.mark.standard_promotion
+def test_bfloat16_trains_float32_parameters():
+  """Five steps of Adam go down as those in float32 do, and nothing in the state is bfloat16."""
+  losses = {}
+  for dtype in ("float32", "bfloat16"):
+    net = NET.clone(dtype=dtype, remat="full", dropout=0.0)
+    denoising = jd.losses.denoising(jd.VP(), jd.predictions.noise())
+    objective = lambda params, keys, batch, net=net, denoising=denoising: denoising(
+      keys, batch["x"], functools.partial(net.apply, params), u=batch["u"]
+    )
+    optimizer = optax.adam(1e-2)
+    state = init_state(jax.jit(net.init)(jax.random.key(0), X, T), optimizer, jax.random.key(1))
+    step = jax.jit(make_train_step(objective, optimizer, 0.9, global_batch=2))
+    losses[dtype] = []
+    for _ in range(5):
+      state, metrics = step(state, {"x": X}, jnp.arange(2))
+      losses[dtype].append(float(metrics["loss"]))
+    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}
+  np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
+  assert losses["bfloat16"] != losses["float32"]
