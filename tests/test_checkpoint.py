@@ -60,10 +60,10 @@ def bits(tree):
   return [np.asarray(unwrap(leaf)).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def save_steps(directory, steps=(1, 2), devices=1, fingerprint=FINGERPRINT, keep=3):
+def save_steps(directory, steps=(1, 2), devices=1, fingerprint=FINGERPRINT, **options):
   """Saves one checkpoint a step, each after one more batch; returns the iterator."""
   iterator = make_iterator()
-  with Checkpoints(directory, fingerprint, keep=keep) as checkpoints:
+  with Checkpoints(directory, fingerprint, **options) as checkpoints:
     for step in steps:
       next(iterator)
       checkpoints.save(make_state(devices, step), iterator.get_state())
@@ -136,6 +136,12 @@ def test_nothing_there_is_none_and_only_the_newest_are_kept(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.isdigit()) == ["3", "4"]
 
 
+def test_every_nth_is_kept_for_ever(tmp_path):
+  save_steps(tmp_path, steps=(2, 3, 4, 5, 6, 7), keep=2, keep_every=3)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
+  assert int(restore(tmp_path).step) == 7
+
+
 def truncate(directory, step):
   """Cuts every array file so short that no array in it survives (several arrays share one)."""
   for file in array_files(directory, step):
@@ -183,6 +189,17 @@ def cut_json(name):
   return cut
 
 
+def change_json(name, was, now):
+  """One byte, and still JSON."""
+
+  def change(directory, step):
+    file = directory / str(step) / name / "metadata"
+    assert was in file.read_text()
+    file.write_text(file.read_text().replace(was, now))
+
+  return change
+
+
 DAMAGES = {
   "truncated array": truncate,
   "flipped array byte": flip_array_byte,
@@ -191,6 +208,8 @@ DAMAGES = {
   "changed checksums": change_checksums,
   **{f"deleted {name}": delete_item(name) for name in ("state", "data", "fingerprint", "manifest")},
   **{f"cut {name}": cut_json(name) for name in ("data", "fingerprint", "manifest")},
+  "changed position": change_json("data", '"next_index": 2', '"next_index": 3'),
+  "changed seed": change_json("fingerprint", '"seed": 0', '"seed": 1'),
 }
 
 
@@ -297,6 +316,8 @@ def test_load_params_refuses_other_models_and_empty_directories(saved):
 def test_wrong_arguments(tmp_path):
   with pytest.raises(ValueError, match="keep=0"):
     Checkpoints(tmp_path, {}, keep=0)
+  with pytest.raises(ValueError, match="keep_every=0"):
+    Checkpoints(tmp_path, {}, keep_every=0)
   with pytest.raises(TypeError):
     Checkpoints(tmp_path, {"rate": jnp.ones})
 

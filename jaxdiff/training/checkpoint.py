@@ -216,7 +216,7 @@ def _read_params(directory: Path, step: int, group: str, abstract_params: PyTree
 
 def _warn(directory: Path, unreadable: dict[int, str], used: int) -> None:
   for step, reason in unreadable.items():
-    warnings.warn(f"checkpoint {step} in {directory} cannot be read ({reason}); using checkpoint {used}", stacklevel=4)
+    warnings.warn(f"checkpoint {step} in {directory} cannot be read ({reason}); using checkpoint {used}", stacklevel=3)
 
 
 def _raise_if_any(directory: Path, unreadable: dict[int, str]) -> None:

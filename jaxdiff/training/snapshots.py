@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxdiff.training import ema, storage
 from jaxdiff.training.manifest import manifest
@@ -121,7 +121,9 @@ def reconstruct(
     try:
       for weight, (t, i, _) in zip(weights, available, strict=True):
         if abs(weight) > _NEGLIGIBLE * abs(weights).max():
-          total = _add(total, _read(directory, t, i, abstract_params), weight)
+          average = _read(directory, t, i, abstract_params)
+          total = jax.tree.map(jnp.zeros_like, average) if total is None else total
+          total = _add(total, average, jnp.asarray(weight))
     except storage.UnreadableError as error:
       _warn(directory, t, error)
       available = [entry for entry in available if entry[0] != t]
@@ -135,18 +137,9 @@ def _read(directory: Path, step: int, i: int, abstract_params: PyTree) -> PyTree
   return storage.read_saved(directory, step, _item(i), "average", abstract_params, saved)
 
 
-def _add(total: PyTree | None, average: PyTree, weight: float) -> PyTree:
-  return _weighted(average, weight) if total is None else _sum(total, average, weight)
-
-
-@jax.jit
-def _weighted(average: PyTree, weight: float | jax.Array) -> PyTree:
-  return jax.tree.map(lambda a: jnp.asarray(weight, a.dtype) * a, average)
-
-
 @functools.partial(jax.jit, donate_argnums=0)
-def _sum(total: PyTree, average: PyTree, weight: float | jax.Array) -> PyTree:
-  return jax.tree.map(lambda t, a: t + jnp.asarray(weight, t.dtype) * a, total, average)
+def _add(total: PyTree, average: PyTree, weight: Float[Array, ""]) -> PyTree:
+  return jax.tree.map(lambda t, a: t + weight.astype(t.dtype) * a, total, average)
 
 
 def _item(i: int) -> str:

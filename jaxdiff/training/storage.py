@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
 import numpy as np
@@ -56,6 +56,7 @@ class StepWriter:
     self.directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._failed = False
 
   def save(self, step: int, arrays: dict[str, PyTree], values: dict[str, dict]) -> None:
     """Writes pytrees of arrays, which may change once this returns, and dicts of JSON values."""
@@ -73,10 +74,10 @@ class StepWriter:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and ends the threads."""
+    """Waits, and ends the threads; an error that was raised before is not raised again."""
     if StepWriter._writing is self:
       StepWriter._writing = None
-    with self._errors():
+    with contextlib.suppress(SaveError) if self._failed else contextlib.nullcontext(), self._errors():
       self._manager.close()
 
   def set_aside(self, steps: list[int]) -> None:
@@ -94,16 +95,17 @@ class StepWriter:
   def _errors(self):
     try:
       yield
-    except (MemoryError, ocp.checkpoint_manager.StepAlreadyExistsError):
+    except (MemoryError, SaveError, ocp.checkpoint_manager.StepAlreadyExistsError):
       raise
     except Exception as error:
-      text = _one_line(error)
-      full = any(words.lower() in text.lower() for words in _FULL)
+      self._failed = True
       complete = steps_in(self.directory)
       kept = f"the last complete one is of step {complete[-1]} and stays" if complete else "there is no complete one"
+      full = next((words for words in _FULL if words.lower() in str(error).lower()), None)
+      reason = f"the disk is full or a limit is reached: {full}" if full else _one_line(error)
       raise SaveError(
-        f"writing to {self.directory} failed{': the disk is full, or a limit on it is reached' if full else ''} "
-        f"({text}); {kept}. {'Free space' if full else 'Mend the cause'} and start again to continue from there"
+        f"writing to {self.directory} failed ({reason}); {kept}. {'Free space' if full else 'Mend the cause'} and "
+        "start again to continue from there"
       ) from error
 
 
@@ -155,8 +157,8 @@ def read_saved(directory: Path, step: int, name: str, group: str, abstract: PyTr
     ValueError: `saved` has other names or shapes than `abstract`.
     UnreadableError: it is damaged.
   """
-  shapes = [{path: entry["shape"] for path, entry in entries.items()} for entries in (saved, describe(abstract))]
-  if found := differences(*shapes):
+  was, given = ({path: e["shape"] for path, e in entries.items()} for entries in (saved, describe(abstract)))
+  if found := differences(was, given):
     raise ValueError(f"checkpoint {step} holds another model: {found}")
 
   def target(path, leaf):
@@ -179,7 +181,7 @@ def together(read: Callable[[], T]) -> T:
   Raises:
     UnreadableError: on every process if `read` failed on one.
   """
-  result, reason = None, ""
+  result, reason = cast(T, None), ""
   try:
     result = read()
   except (MemoryError, jax.errors.JaxRuntimeError):
