@@ -98,10 +98,12 @@ def test_measurements_are_linear_in_the_depth(study):
 
 
 def test_the_transformer_has_the_size_of_xl(study):
-  net = study["dit"].DiT()
   x, t = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1)
-  with jax.numpy_dtype_promotion("standard"):
-    params = jax.eval_shape(net.init, jax.random.key(0), x, t)
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  counts = []
+  for depth in (1, 2):
+    net = study["dit"].DiT(depth=depth)
+    with jax.numpy_dtype_promotion("standard"):
+      params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    counts.append(sum(leaf.size for leaf in jax.tree.leaves(params)))
   # 675 M with the embedding of 1001 classes (Peebles and Xie 2023, table 1).
-  assert round((count + 1001 * 1152) / 1e6) == 675
+  assert round((study["scaling"].at_depth(*counts, 28) + 1001 * 1152) / 1e6) == 675

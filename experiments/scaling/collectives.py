@@ -23,7 +23,7 @@ _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(" + _IOTA 
 
 
 class Collective(NamedTuple):
-  """One collective: its kind, the bytes of the whole array, the devices of a group, and whether these are neighbours."""
+  """One collective: its kind, the bytes of the whole array, the size of a group, and whether it is of neighbours."""
 
   kind: str
   size: int
