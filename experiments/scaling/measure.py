@@ -117,6 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
   args = parser.parse_args()
   os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices), "TPU_SKIP_MDS_QUERY": "1"}
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   print(json.dumps(measure(args)), flush=True)
 
 
