@@ -1,24 +1,17 @@
 """Layouts do not change results: train steps, samplers and adaptive loops on 1 and 8 (simulated) devices."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxdiff.parallel import (
   batch_sharding,
-  jit_train_step,
   make_mesh,
   pmap_examples,
-  replicate,
   shard_batch,
   shard_examples,
 )
-from jaxdiff.training.state import init_state
-from jaxdiff.training.step import make_train_step
 
 BATCH = 16
 
@@ -26,71 +19,6 @@ BATCH = 16
 def mesh_of(devices):
   assert jax.local_device_count() >= devices
   return make_mesh(jax.local_devices()[:devices])
-
-
-def denoise(params, keys, batch):
-  """A small noise-prediction loss whose value depends on the parameters, the keys and the uniforms."""
-  noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-  t = batch["u"][:, None]
-  hidden = jnp.tanh(((1 - t) * batch["x"] + t * noise) @ params["in"])
-  losses = jnp.mean((hidden @ params["out"] - noise) ** 2, -1)
-  return losses, {"u": batch["u"], "noise": noise[:, 0]}
-
-
-def params():
-  k_in, k_out = jax.random.split(jax.random.key(1))
-  return {"in": jax.random.normal(k_in, (3, 5)), "out": jax.random.normal(k_out, (5, 3))}
-
-
-def data():
-  return {"x": np.random.default_rng(0).normal(size=(BATCH, 3)).astype(np.float32)}
-
-
-def run_jit(devices, optimizer, steps):
-  mesh = mesh_of(devices)
-  step = jit_train_step(make_train_step(denoise, optimizer, 0.9, BATCH), mesh)
-  state = replicate(mesh, init_state(params(), optimizer, jax.random.key(0)))
-  batch, index = shard_batch(mesh, data()), shard_batch(mesh, np.arange(BATCH, dtype=np.int32))
-  for _ in range(steps):
-    state, metrics = step(state, batch, index)
-  return jax.device_get(state._replace(key=jax.random.key_data(state.key))), jax.device_get(metrics)
-
-
-def run_pmap(devices, optimizer, steps):
-  step = make_train_step(denoise, optimizer, 0.9, BATCH)
-  step = jax.pmap(functools.partial(step, axis_name="i"), axis_name="i", in_axes=(None, 0, 0), out_axes=None)
-  state = init_state(params(), optimizer, jax.random.key(0))
-  split = lambda v: v.reshape(devices, BATCH // devices, *v.shape[1:])
-  for _ in range(steps):
-    state, metrics = step(state, jax.tree.map(split, data()), split(np.arange(BATCH, dtype=np.int32)))
-  return jax.device_get(state._replace(key=jax.random.key_data(state.key))), jax.device_get(metrics)
-
-
-def global_distance(a, b):
-  """|a - b| / |b| over all leaves."""
-  a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (a, b))
-  return np.linalg.norm(a - b) / np.linalg.norm(b)
-
-
-@pytest.mark.parametrize("run", [run_jit, run_pmap])
-def test_eight_devices_equal_one(run):
-  # Rounding: sums of 16 float32 terms in another order, 5 SGD steps; 1e-5 of the norm is 80 float32 ulps.
-  one, one_metrics = run_jit(1, optax.sgd(0.1), 5)
-  many, many_metrics = run(8, optax.sgd(0.1), 5)
-  assert global_distance(many.params, one.params) < 1e-5
-  assert global_distance(many.ema_params, one.ema_params) < 1e-5
-  assert global_distance(one.params, params()) > 1e-2
-  for name in one_metrics:
-    np.testing.assert_allclose(many_metrics[name], one_metrics[name], rtol=1e-5)
-
-
-@pytest.mark.parametrize("run", [run_jit, run_pmap])
-def test_gradient_does_not_depend_on_devices(run):
-  # SGD with rate 1: the update is minus the gradient.
-  one, many = run_jit(1, optax.sgd(1.0), 1)[0].params, run(8, optax.sgd(1.0), 1)[0].params
-  gradient = jax.tree.map(lambda p, q: np.asarray(q) - p, one, params())
-  difference = jax.tree.map(np.subtract, many, one)
-  assert global_distance(jax.tree.map(np.add, gradient, difference), gradient) < 1e-5
 
 
 def test_keys_and_uniforms_are_bitwise_equal_on_any_layout():
@@ -106,35 +34,6 @@ def test_keys_and_uniforms_are_bitwise_equal_on_any_layout():
   for devices in (1, 2, 8):
     for got, want in zip(randomness(shard_batch(mesh_of(devices), index)), expected, strict=True):
       np.testing.assert_array_equal(got, want)
-
-
-def test_train_step_compiles_once():
-  mesh, optimizer, traces, compilations = mesh_of(8), optax.adam(1e-3), [], []
-  listener = lambda name, seconds, **_: compilations.append(1) if name.endswith("/backend_compile_duration") else None
-
-  def objective(params, keys, batch):
-    traces.append(1)
-    return denoise(params, keys, batch)
-
-  step = jit_train_step(make_train_step(objective, optimizer, 0.9, BATCH), mesh)
-  state = replicate(mesh, init_state(params(), optimizer, jax.random.key(0)))
-  index = shard_batch(mesh, np.arange(BATCH, dtype=np.int32))
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  try:
-    for _ in range(4):
-      state, _ = step(state, shard_batch(mesh, data()), index)
-      assert (len(traces), len(compilations)) == (1, 1)
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listener)
-  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-
-
-def test_state_is_donated():
-  mesh, optimizer = mesh_of(8), optax.sgd(0.1)
-  step = jit_train_step(make_train_step(denoise, optimizer, 0.9, BATCH), mesh)
-  state = replicate(mesh, init_state(params(), optimizer, jax.random.key(0)))
-  step(state, shard_batch(mesh, data()), shard_batch(mesh, np.arange(BATCH, dtype=np.int32)))
-  assert state.params["in"].is_deleted()
 
 
 def collatz(params, keys, x, cond):

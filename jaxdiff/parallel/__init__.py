@@ -18,7 +18,7 @@ Example:
 """
 
 from jaxdiff.parallel.examples import pmap_examples, shard_examples
-from jaxdiff.parallel.launchers import Launcher, jit_launcher, jit_train_step, pmap_launcher
+from jaxdiff.parallel.launchers import Launcher, jit_launcher, pmap_launcher
 from jaxdiff.parallel.mesh import (
   DATA_AXIS,
   FSDP_AXIS,
@@ -40,7 +40,6 @@ __all__ = [
   "gather_json",
   "gathered",
   "jit_launcher",
-  "jit_train_step",
   "join",
   "make_mesh",
   "pmap_examples",

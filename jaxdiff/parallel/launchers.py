@@ -151,23 +151,6 @@ def pmap_launcher(devices: Sequence[jax.Device] | None = None) -> Launcher:
   return Launcher(mesh, create, abstract, put, compile)
 
 
-def jit_train_step(train_step: Callable, mesh: Mesh) -> Callable:
-  """Compiles `train_step(state, batch, index) -> (state, metrics)` for `mesh`.
-
-  The state and the metrics are replicated, batch and index are split along their leading axis. The state is donated:
-  its arrays must not be used after the call.
-
-  Args:
-    train_step: a pure function, e.g. from `jaxdiff.training.make_train_step`.
-    mesh: a mesh from `make_mesh`.
-
-  Returns:
-    The jitted function with the same signature; place its first state with `replicate(mesh, state)`.
-  """
-  whole, split = replicated(mesh), batch_sharding(mesh)
-  return jax.jit(train_step, in_shardings=(whole, split, split), out_shardings=(whole, whole), donate_argnums=0)
-
-
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

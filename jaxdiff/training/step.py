@@ -81,7 +81,7 @@ def make_train_step(
     microbatches: in how many parts, one after the other, a device takes its examples.
 
   Returns:
-    The pure train step; compile it with `jaxdiff.parallel.jit_train_step`.
+    The pure train step; compile it by a launcher of `jaxdiff.parallel`.
 
   Raises:
     ValueError: an argument is out of range; when traced, wrong shapes or names from the objective.
