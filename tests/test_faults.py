@@ -208,3 +208,15 @@ def test_an_unreachable_coordinator_is_named(tmp_path):
   (code,), (said,) = finish(process)
   assert code == MISTAKE
   assert address in said
+
+
+@pytest.mark.slow
+def test_the_launch_file_runs_two_processes(tmp_path):
+  """experiments/gpu_node/two_processes.sh, with what this file passes."""
+  scripts = pathlib.Path(sys.executable).parent
+  environment = {**os.environ, "JAXDIFF": str(scripts / "jaxdiff"), "PYTHON": sys.executable}
+  environment |= {"CONFIG": str(ROOT / "configs" / "toy2d.py"), "WORKDIR": str(tmp_path / "run"), "FSDP": "2"}
+  command = [ROOT / "experiments" / "gpu_node" / "two_processes.sh", *TINY[1:], "--config.network.width=64"]
+  ended = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240)
+  assert ended.returncode == DONE, ended
+  assert steps_of(tmp_path / "run") == list(range(1, STEPS + 1))
