@@ -35,7 +35,12 @@ try:
     checkpoints.save(init(1), {"next_index": 1})
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    checkpoints.save(init(2), {"next_index": 2})
+    try:
+      checkpoints.save(init(2), {"next_index": 2})
+      if sys.argv[3] == "wait":
+        checkpoints.wait()
+    except SaveError as error:
+      print(error)
 except SaveError as error:
   print(error)
 """
@@ -97,10 +102,12 @@ def same(a, b):
   return all(bool(jnp.all(x == y)) for x, y in pairs)
 
 
-@pytest.mark.parametrize("limit", [100, 50_000], ids=["nothing fits", "the arrays do not fit"])
-def test_full_disk_stops_with_a_message_and_keeps_the_last_good(tmp_path, limit):
+@pytest.mark.parametrize(
+  ("limit", "waits"), [(100, "wait"), (50_000, "leave")], ids=["nothing fits", "the arrays do not fit"]
+)
+def test_full_disk_stops_with_one_message_and_keeps_the_last_good(tmp_path, limit, waits):
   folder = tmp_path / "checkpoints"
-  command = [sys.executable, "-c", STATE + FULL, str(folder), str(limit)]
+  command = [sys.executable, "-c", STATE + FULL, str(folder), str(limit), waits]
   result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
   assert result.returncode == 0, result.stderr
   (message,) = result.stdout.splitlines()

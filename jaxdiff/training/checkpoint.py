@@ -98,7 +98,7 @@ class Checkpoints:
     position.
 
     Newer ones that cannot be read are reported by a warning and renamed to "<step>.corrupt", so that their steps can
-    be saved again. With several processes, one that none of them can read is one that nobody reads.
+    be saved again. With several processes, what one of them cannot read none of them uses.
 
     Args:
       abstract_state: shapes, dtypes and shardings from `jaxdiff.training.abstract_state`; any number of processes and
