@@ -54,13 +54,14 @@ def _leave(code: int, message: object) -> NoReturn:
 
 
 def _quieten() -> None:
-  """For a damaged checkpoint our own message is enough, without the tracebacks of the coroutines that read it."""
+  """For a damaged checkpoint or a full disk our own message is enough, without the tracebacks of what met it."""
 
   def show(unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
       sys.__unraisablehook__(unraisable)
 
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  for name in ("asyncio", "absl"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = show
 
 

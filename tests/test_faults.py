@@ -5,6 +5,7 @@ Every test runs the command line in processes of its own. Those of two processes
 
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -37,12 +38,13 @@ TINY = [
 DONE, FAILED, MISTAKE, TERMINATED = 0, 1, 2, 143
 
 
-def start(workdir, *arguments, devices=1):
-  """The command `train` in a process of its own."""
+def start(workdir, *arguments, devices=1, largest_file=None):
+  """The command `train` in a process of its own, with a limit on the bytes of a file."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
   command = [sys.executable, "-m", "jaxdiff.cli", "train", f"--workdir={workdir}", *TINY, *arguments]
+  limit = None if largest_file is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
   return subprocess.Popen(
-    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=limit
   )
 
 
@@ -208,6 +210,26 @@ def test_an_unreachable_coordinator_is_named(tmp_path):
   (code,), (said,) = finish(process)
   assert code == MISTAKE
   assert address in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_goes_on(tmp_path):
+  wide = ["--config.network.width=128", "--config.train.log_every=40", "--config.train.checkpoint_every=40"]
+  codes, said = finish(start(tmp_path / "whole", *wide))
+  assert codes == [DONE], said
+  process = start(tmp_path / "run", *wide)
+  wait_for(lambda: (tmp_path / "run" / "checkpoints" / "40").exists())
+  process.send_signal(signal.SIGKILL)
+  finish(process)
+  (code,), (said,) = finish(start(tmp_path / "run", *wide, largest_file=100_000))
+  assert code == FAILED, said
+  assert "failed (the disk is full or a limit is reached: " in said, said
+  assert "stays. Free space and start again to continue from there" in said
+  assert "Traceback" not in said
+  codes, said = finish(start(tmp_path / "run", *wide))
+  assert codes == [DONE], said
+  assert "continuing from step" in said[0]
+  assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow

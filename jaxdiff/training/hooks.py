@@ -15,10 +15,12 @@ def every(steps: int, run: Callable[[int, TrainState], None], last: int) -> Call
   """Calls `run` after each multiple of `steps`, and after step `last`.
 
   Example:
-    >>> seen = []
+    >>> import optax
+    >>> from jaxdiff.training.state import init_state
+    >>> seen, state = [], init_state(jax.numpy.ones(()), optax.sgd(0.1), jax.random.key(0))
     >>> hook = every(3, lambda step, state: seen.append(step), last=7)
     >>> for step in range(1, 8):
-    ...   hook(step, None)
+    ...   hook(step, state)
     >>> seen
     [3, 6, 7]
   """
