@@ -318,7 +318,8 @@ def test_training_validates_draws_traces_and_keeps_averages(trained, tmp_path, c
     ([*TOY, "steps=3"], "unexpected argument 'steps=3'"),
     ([*TOY, "--launcher=pamp"], "config.train.launcher must be 'jit' or 'pmap', got 'pamp'"),
     ([*TOY, "--launcher=pmap", "--fsdp=2"], "config.train.fsdp = 2 needs config.train.launcher = 'jit'"),
-    ([*TOY, "--fsdp=3"], "config.train.fsdp"),
+    ([*TOY, "--fsdp=3"], "config.train.fsdp: fsdp=3: 8 devices cannot be laid out as data x 3"),
+    ([*TOY, "--config.network.width=15", "--fsdp=8"], "config.train.fsdp: fsdp=8: divides no dimension"),
     ([*TOY, "--config.train.microbatches=3"], "cannot be split over 8 devices in 3 microbatches each; take 72"),
     (
       [*TOY, "--config.train.steps_per_dispatch=3"],

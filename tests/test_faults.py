@@ -106,7 +106,7 @@ def kill_at_random(workdir, rng, kills):
   """
   in_a_write = 0
   for _ in range(kills):
-    before, process = len(steps_of(workdir)), start(workdir)
+    before, process = len(steps_of(workdir)), start(workdir, "--config.train.checkpoint_every=2")
     wait_for(lambda: len(steps_of(workdir)) != before or process.poll() is not None)
     target = len(steps_of(workdir)) + int(rng.integers(0, STEPS // kills))
     wait_for(lambda: len(steps_of(workdir)) >= target or process.poll() is not None)
@@ -128,6 +128,7 @@ def test_killed_at_random_moments_ends_at_the_same_bits(whole, tmp_path, kills):
   assert_same(whole, tmp_path)
   assert steps_of(tmp_path) == list(range(1, STEPS + 1))
   print(f"{in_a_write} of {kills} kills hit a write")
+  assert in_a_write or kills < 20
 
 
 @pytest.mark.slow

@@ -35,30 +35,15 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
   fingerprint = rundir.fingerprint(config, source)
   rundir.check_same_everywhere({"config": config, "data": fingerprint["data"]})
 
-  objective, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
-  key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
-
-  def init() -> TrainState:
-    return training.init_state(factory.init_params(config, source), optimizer, key, settings.ema_lengths)
-
-  def make_step(microbatches: int) -> Callable[..., Any]:
-    return training.make_train_step(
-      objective,
-      optimizer,
-      settings.ema_decay,
-      settings.batch_size,
-      ema_lengths=settings.ema_lengths,
-      microbatches=microbatches,
-    )
-
+  init, make_step = _program(config, source)
   iterator = pipeline.train_batches(
     source, settings.batch_size, config["seed"], jax.process_index(), jax.process_count()
   )
-  abstract = launcher.abstract(init)
+  abstract = _placed(launcher, init)
   _introduce(source, abstract, launcher)
   with contextlib.ExitStack() as stack:
-    if console.first_process():
-      stack.enter_context(rundir.claimed(workdir, config))
+    claim = lambda: stack.enter_context(rundir.claimed(workdir, config)) if console.first_process() else None
+    console.together(claim)
     checkpoints = stack.enter_context(
       training.Checkpoints(workdir / "checkpoints", fingerprint, keep=settings.keep, keep_every=settings.keep_every)
     )
@@ -95,6 +80,24 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "samples", "config.json")
 
 
+def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], Callable[[int], Callable[..., Any]]]:
+  """What is run wherever that is: the state before the first step; from a number of microbatches the train step."""
+  settings, key = factory.train_settings(config), jax.random.fold_in(jax.random.key(config["seed"]), 1)
+  objective, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
+  lengths = settings.ema_lengths
+
+  def init() -> TrainState:
+    return training.init_state(factory.init_params(config, source), optimizer, key, lengths)
+
+  def make_step(microbatches: int) -> Callable[..., Any]:
+    decay, batch_size = settings.ema_decay, settings.batch_size
+    return training.make_train_step(
+      objective, optimizer, decay, batch_size, ema_lengths=lengths, microbatches=microbatches
+    )
+
+  return init, make_step
+
+
 def _launcher(settings: TrainSettings) -> parallel.Launcher:
   if settings.launcher == "pmap":
     if settings.fsdp > 1:
@@ -102,6 +105,13 @@ def _launcher(settings: TrainSettings) -> parallel.Launcher:
     return parallel.pmap_launcher()
   try:
     return parallel.jit_launcher(parallel.make_mesh(jax.devices(), settings.fsdp))
+  except ValueError as error:
+    raise ConfigError(f"config.train.fsdp: {error}") from error
+
+
+def _placed(launcher: parallel.Launcher, init: Callable[[], TrainState]) -> TrainState:
+  try:
+    return launcher.abstract(init)
   except ValueError as error:
     raise ConfigError(f"config.train.fsdp: {error}") from error
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -38,8 +39,10 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
     raise ValueError(
       f"fsdp={fsdp}: {count} devices cannot be laid out as data x {fsdp}; valid values are {', '.join(map(str, valid))}"
     )
-  axis_types = (AxisType.Auto, AxisType.Auto)
-  return jax.make_mesh((count // fsdp, fsdp), (DATA_AXIS, FSDP_AXIS), axis_types=axis_types, devices=devices)
+  shape = count // fsdp, fsdp
+  # jax.make_mesh refuses to lay 8 x 8 out on the 4 x 4 x 4 torus of a TPU slice.
+  laid_out = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+  return Mesh(laid_out, (DATA_AXIS, FSDP_AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
