@@ -38,13 +38,13 @@ TINY = [
 DONE, FAILED, MISTAKE, TERMINATED = 0, 1, 2, 143
 
 
-def start(workdir, *arguments, devices=1, largest_file=None):
-  """The command `train` in a process of its own, with a limit on the bytes of a file."""
+def start(workdir, *arguments, devices=1, largest_file=None, command="train", config=TINY):
+  """A command in a process of its own, with a limit on the bytes of a file."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-  command = [sys.executable, "-m", "jaxdiff.cli", "train", f"--workdir={workdir}", *TINY, *arguments]
+  argv = [sys.executable, "-m", "jaxdiff.cli", command, f"--workdir={workdir}", *config, *arguments]
   limit = None if largest_file is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
   return subprocess.Popen(
-    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=limit
+    argv, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=limit
   )
 
 
@@ -58,13 +58,13 @@ def finish(*processes, timeout=240):
   return [process.returncode for process in processes], said
 
 
-def pair(workdir, *arguments, devices=2):
+def pair(workdir, *arguments, devices=2, **options):
   """Two processes of one training on the loopback."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   joined = [f"--coordinator={address}", "--processes=2"]
-  return [start(workdir, *joined, f"--process={k}", *arguments, devices=devices) for k in (0, 1)]
+  return [start(workdir, *joined, f"--process={k}", *arguments, devices=devices, **options) for k in (0, 1)]
 
 
 def steps_of(workdir):
@@ -234,12 +234,27 @@ def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_goes_on(tmp_pa
 
 
 @pytest.mark.slow
+def test_two_processes_draw_the_samples_of_one(whole, tmp_path):
+  flags = ["--num=16", "--config.sample.batch_size=8", "--sampler=dpm_solver_pp", "--steps=8"]
+  for name in ("one", "two"):
+    subprocess.run(["cp", "-r", whole, tmp_path / name], check=True)
+  own = {"command": "sample", "config": ()}
+  codes, said = finish(*pair(tmp_path / "two", *flags, **own), start(tmp_path / "one", *flags, **own))
+  assert codes == [DONE] * 3, said
+  one, two = (np.load(tmp_path / name / "samples.npz")["x"] for name in ("one", "two"))
+  np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_the_launch_file_runs_two_processes(tmp_path):
-  """experiments/gpu_node/two_processes.sh, with what this file passes."""
+  """experiments/gpu_node/two_processes.sh with fsdp; samples and validation need all processes, too."""
   scripts = pathlib.Path(sys.executable).parent
   environment = {**os.environ, "JAXDIFF": str(scripts / "jaxdiff"), "PYTHON": sys.executable}
   environment |= {"CONFIG": str(ROOT / "configs" / "toy2d.py"), "WORKDIR": str(tmp_path / "run"), "FSDP": "2"}
   command = [ROOT / "experiments" / "gpu_node" / "two_processes.sh", *TINY[1:], "--config.network.width=64"]
+  command += ["--config.train.validate_every=60", "--config.train.sample_every=60", "--config.sample.num=16"]
+  command += ["--config.sample.batch_size=8"]
   ended = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240)
   assert ended.returncode == DONE, ended
-  assert steps_of(tmp_path / "run") == list(range(1, STEPS + 1))
+  assert sorted(set(steps_of(tmp_path / "run"))) == list(range(1, STEPS + 1))
+  assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000060.png", "00000120.png"]

@@ -1,6 +1,7 @@
 """Devices as a mesh with the axes "data" and "fsdp", and the two placements of arrays on it: whole, and by examples."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,7 +62,18 @@ def examples_spec(mesh: Mesh) -> P:
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Puts a copy of every array of `tree` on every device of `mesh`."""
+  """Puts a copy of every array of `tree` on every device of `mesh`.
+
+  Args:
+    mesh: a mesh from `make_mesh`; if it is of several processes, all of them call this.
+    tree: arrays on these devices, in any parts, or arrays of this process, the same in all.
+  """
+
+  def local(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+  if process_count(mesh) > 1:
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf) if local(leaf) else leaf, tree)
   return jax.device_put(tree, replicated(mesh))
 
 
