@@ -112,6 +112,7 @@ def test_parameters_after_five_steps_are_equal_on_any_layout(trained, layout):
     np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adam_in_double_precision_is_equal_on_any_layout(x64):
   optimizer = optax.adam(1e-2)
   results = {name: run(launcher, optimizer, 3, np.float64)[0][0] for name, launcher in launchers().items()}
