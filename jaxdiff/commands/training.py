@@ -41,7 +41,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
   def init() -> TrainState:
     return training.init_state(factory.init_params(config, source), optimizer, key, settings.ema_lengths)
 
-  def make_step(microbatches: int) -> Callable[..., Any]:
+  def make_step(objective: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
     return training.make_train_step(
       objective,
       optimizer,
@@ -70,10 +70,11 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     folder = workdir if console.first_process() else None
     writer = stack.enter_context(MetricsWriter(folder, start, settings.wandb))
     stop = stack.enter_context(rundir.StopSignal())
-    flops = cost.step_flops(make_step(1), *_abstract_arguments(abstract, source, settings.batch_size))
+    counted = make_step(objectives.make_objective(_without_remat(config), source), 1)
+    flops = cost.step_flops(counted, *_abstract_arguments(abstract, source, settings.batch_size))
     state = training.train(
       state,
-      launcher.compile(make_step(settings.microbatches), settings.steps_per_dispatch),
+      launcher.compile(make_step(objective, settings.microbatches), settings.steps_per_dispatch),
       iterator,
       launcher=launcher,
       global_batch=settings.batch_size,
@@ -117,6 +118,11 @@ def _standing(step: int, steps: int) -> str:
   if step >= steps:
     return f"this run is finished: {step} of {steps} steps are done; to train longer, take another workdir"
   return f"continuing from step {step}" if step else f"training for {steps} steps"
+
+
+def _without_remat(config: Config) -> Config:
+  """The same model; what rematerialization computes again is no part of the model's FLOPs."""
+  return config | {"network": {name: value for name, value in config["network"].items() if name != "remat"}}
 
 
 def _abstract_arguments(state: TrainState, source: Source, batch_size: int) -> tuple[Any, ...]:
