@@ -140,10 +140,12 @@ class StopSignal:
   """
 
   signum: int | None = None
+  _asked = 0
 
   def agreed(self, step: int) -> bool:
-    """Whether to stop after this step: the same on all processes."""
-    if parallel.preempted(step):
+    """Whether to stop after this step: the same on all processes, which ask after the same steps."""
+    self._asked += 1  # not the step: a dispatch of several would leave numbers out
+    if parallel.preempted(self._asked):
       self.signum = signal.SIGTERM
     return self.signum is not None
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from jaxdiff import arguments, cli, factory, objectives, rundir
+from jaxdiff.commands import training as commands
 from jaxdiff.evaluation import classifier, runs
-from jaxdiff.training import load_params
+from jaxdiff.training import cost, load_params
 from jaxdiff.training.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.standard_promotion
@@ -266,6 +267,27 @@ def test_non_finite_loss_stops_with_the_steps_and_keeps_the_last_good_checkpoint
   error = fails(1, capsys, "train", tmp_path / "run", *arguments)
   assert "steps in a row that were not finite and were skipped (max_skipped=10)" in error
   assert "Lower the learning rate" in error
+
+
+def test_flops_do_not_count_what_rematerialization_repeats(tmp_path, monkeypatch):
+  """The share of the peak is that of the model's FLOPs, whatever the memory allows."""
+
+  class CountedError(Exception):
+    pass
+
+  def counted(*arguments):
+    flops.append(step_flops(*arguments))
+    raise CountedError
+
+  flops, step_flops = [], cost.step_flops
+  monkeypatch.setattr(cost, "step_flops", counted)
+  config = arguments.load(ROOT / "configs" / "digits.py")
+  network = {"channels": 8, "channel_multipliers": (1,), "blocks": 1, "attention_levels": (), "groups": 4}
+  for remat in ("none", "full"):
+    changed = config | {"network": {**config["network"], **network, "remat": remat}}
+    with pytest.raises(CountedError):
+      commands.train(changed, tmp_path / remat)
+  assert flops[0] == flops[1] > 0
 
 
 def test_training_validates_draws_traces_and_keeps_averages(trained, tmp_path, capsys):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff import factory
+from jaxdiff import factory, rundir
 from jaxdiff.training import load_params
 from jaxdiff.training.metrics import read_metrics
 
@@ -142,6 +142,24 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(whole, tmp_
   codes, said = finish(start(tmp_path))
   assert codes == [DONE], said
   assert_same(whole, tmp_path)
+
+
+def test_processes_ask_for_preemption_without_leaving_numbers_out(monkeypatch):
+  """JAX says yes at one number alone: the greatest that a process has reached, plus one."""
+  monkeypatch.setattr(rundir.parallel, "preempted", lambda count: count == 3)
+  stop = rundir.StopSignal()
+  assert [stop.agreed(step) for step in (4, 8, 12)] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_between_dispatches_of_several_steps(tmp_path):
+  several = ["--config.train.steps=1000000", "--config.train.checkpoint_every=1000000", "--config.train.log_every=20"]
+  processes = pair(tmp_path, *several, "--config.train.steps_per_dispatch=4")
+  wait_for(lambda: steps_of(tmp_path) or processes[0].poll() is not None)
+  processes[1].send_signal(signal.SIGTERM)
+  codes, said = finish(*processes, timeout=90)
+  assert codes == [TERMINATED, TERMINATED], said
+  assert f"stopped at step {steps_of(tmp_path)[-1]}, which is saved" in said[0]
 
 
 @pytest.mark.slow

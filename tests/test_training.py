@@ -275,6 +275,19 @@ def test_loop_equals_plain_steps_and_logs_their_means(tmp_path, per_dispatch):
   assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_a_diagnostic_that_is_infinite_stops_nothing(tmp_path):
+  def objective(params, keys, batch):
+    return noisy(params, keys, batch)[0], {"log": jnp.where(batch["x"][0] > 0, jnp.inf, -jnp.inf) + 0 * batch["x"]}
+
+  state, step_fn, where = setup(objective=objective)
+  with MetricsWriter(tmp_path, 0) as writer:
+    train(state, step_fn, batches(), **where, total_steps=8, writer=writer)
+  (record,) = read_metrics(tmp_path / "metrics.jsonl")
+  assert np.isnan(record["log"])
+  assert np.isfinite(record["loss"])
+  assert record["skipped"] == 0
+
+
 def test_loop_compiles_once_and_stops_where_it_should():
   traces = []
 

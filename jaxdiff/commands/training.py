@@ -35,7 +35,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
   fingerprint = rundir.fingerprint(config, source)
   rundir.check_same_everywhere({"config": config, "data": fingerprint["data"]})
 
-  init, make_step = _program(config, source)
+  init, step = _program(config, source)
   iterator = pipeline.train_batches(
     source, settings.batch_size, config["seed"], jax.process_index(), jax.process_count()
   )
@@ -55,10 +55,9 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     folder = workdir if console.first_process() else None
     writer = stack.enter_context(MetricsWriter(folder, start, settings.wandb))
     stop = stack.enter_context(rundir.StopSignal())
-    flops = cost.step_flops(make_step(1), *_abstract_arguments(abstract, source, settings.batch_size))
     state = training.train(
       state,
-      launcher.compile(make_step(settings.microbatches), settings.steps_per_dispatch),
+      launcher.compile(step, settings.steps_per_dispatch),
       iterator,
       launcher=launcher,
       global_batch=settings.batch_size,
@@ -66,7 +65,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
       steps_per_dispatch=settings.steps_per_dispatch,
       log_every=settings.log_every,
       writer=writer,
-      rates=cost.rates(flops),
+      rates=cost.rates(_flops(config, source, abstract)),
       checkpoints=checkpoints,
       checkpoint_every=settings.checkpoint_every,
       max_skipped=settings.max_skipped,
@@ -80,22 +79,29 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "samples", "config.json")
 
 
-def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], Callable[[int], Callable[..., Any]]]:
-  """What is run wherever that is: the state before the first step; from a number of microbatches the train step."""
+def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
+  """What is run wherever that is: the state before the first step, and the train step."""
   settings, key = factory.train_settings(config), jax.random.fold_in(jax.random.key(config["seed"]), 1)
   objective, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
-  lengths = settings.ema_lengths
+  lengths, parts = settings.ema_lengths, settings.microbatches
 
   def init() -> TrainState:
     return training.init_state(factory.init_params(config, source), optimizer, key, lengths)
 
-  def make_step(microbatches: int) -> Callable[..., Any]:
-    decay, batch_size = settings.ema_decay, settings.batch_size
-    return training.make_train_step(
-      objective, optimizer, decay, batch_size, ema_lengths=lengths, microbatches=microbatches
-    )
+  step = training.make_train_step(
+    objective, optimizer, settings.ema_decay, settings.batch_size, ema_lengths=lengths, microbatches=parts
+  )
+  return init, step
 
-  return init, make_step
+
+def _flops(config: Config, source: Source, state: TrainState) -> float | None:
+  """Those of one step of the model: in one part, and without what rematerialization computes again."""
+  plain = {name: value for name, value in config["network"].items() if name != "remat"}
+  config = config | {"network": plain, "train": {**config["train"], "microbatches": 1}}
+  batch_size = factory.train_settings(config).batch_size
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), source.gather([0]))
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+  return cost.step_flops(_program(config, source)[1], shapes, batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
 
 
 def _launcher(settings: TrainSettings) -> parallel.Launcher:
@@ -127,13 +133,6 @@ def _standing(step: int, steps: int) -> str:
   if step >= steps:
     return f"this run is finished: {step} of {steps} steps are done; to train longer, take another workdir"
   return f"continuing from step {step}" if step else f"training for {steps} steps"
-
-
-def _abstract_arguments(state: TrainState, source: Source, batch_size: int) -> tuple[Any, ...]:
-  """What a train step takes, without places: shapes and types."""
-  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), source.gather([0]))
-  plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-  return plain, batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 
 
 def _hooks(

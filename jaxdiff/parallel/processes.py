@@ -111,13 +111,17 @@ def to_host(tree: PyTree) -> PyTree:
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def preempted(step: int) -> bool:
-  """Whether to stop after this step, since a process was sent SIGTERM: all processes answer the same at the same step.
+def preempted(count: int) -> bool:
+  """Whether to stop now, since a process was sent SIGTERM: all processes answer the same at the same count.
 
-  Every process has to ask at every step. The step is one that no process has reached when the notice has gone round,
-  about two seconds after the signal. A process alone always answers False.
+  The answer is True at one count only, which no process has reached when the notice has gone round, about two seconds
+  after the signal. So every process has to ask with 1, 2, 3, ... and leave none out, also where it does several steps
+  between two questions. A process alone always answers False.
+
+  Args:
+    count: number of this question.
   """
-  return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+  return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(count)
 
 
 def _number(name: str, value: int | None, variable: str) -> int | None:

@@ -1,7 +1,8 @@
 """What a train step costs and what that makes of the hardware: FLOPs, their share of the peak, memory.
 
 FLOPs are those of XLA's cost analysis of the lowered program, before it is split over the devices; activations that
-are computed anew count. The peak is the dense bfloat16 rate that the makers state.
+are computed anew count, so for the model's share of the peak count a step without rematerialization. The peak is the
+dense bfloat16 rate that the makers state.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,6 @@ at the same parameters, bit for bit. While a step runs on the devices the next b
 loop waits for the step before last only, and metrics come to the host when they are logged.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -145,7 +144,8 @@ def _means(
       f"{_advice(checkpoints)}"
     )
   good = columns.pop("skipped") == 0
-  means = {name: math.fsum(column[good].tolist()) / good.sum() for name, column in columns.items() if good.any()}
+  with np.errstate(invalid="ignore"):  # of a diagnostic that is infinite, with both signs
+    means = {name: float(column[good].mean(dtype=np.float64)) for name, column in columns.items() if good.any()}
   return {**means, "skipped": float((~good).sum())}
 
 
