@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdiff.parallel import jit_train_step, make_mesh, replicate
+from jaxdiff.parallel import jit_launcher, make_mesh, replicate
 from jaxdiff.training import init_state, make_train_step
 
 BATCH, WIDTH = 24, 5
@@ -54,8 +54,8 @@ def test_microbatches_on_four_devices(monkeypatch, launch):
   state, metrics = jax.jit(make_train_step(noisy, optimizer, 0.9, BATCH))(start(optimizer), {"x": X}, INDEX)
   step = make_train_step(noisy, optimizer, 0.9, BATCH, microbatches=3)
   if launch == "jit":
-    whole = jit_train_step(step, mesh)
-    program = whole.lower(start(optimizer), {"x": X}, INDEX).compile().as_text()
+    whole = jit_launcher(mesh).compile(step)
+    program = whole.lower(replicate(mesh, start(optimizer)), {"x": X}, INDEX).compile().as_text()
     assert not any(name in program for name in ("all-gather", "all-to-all", "collective-permute"))
     other, other_metrics = whole(replicate(mesh, start(optimizer)), {"x": X}, INDEX)
   elif launch == "shard_map":
@@ -158,3 +158,16 @@ def test_bfloat16_network_trains_float32_parameters():
   error = lambda other: np.linalg.norm(other - exact) / np.linalg.norm(exact)
   assert 1e-5 < error(grads[jnp.bfloat16, 1.0]) < 3e-2
   assert error(grads[jnp.bfloat16, 1e-30]) < 3e-2
+
+
+@pytest.mark.standard_promotion
+def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
+  """In bfloat16 256 + 1 = 256."""
+  slopes = [16.0, *[1.0] * 20]
+  params = [jnp.zeros((), jnp.bfloat16) for _ in slopes]
+  objective = lambda params, keys, batch: (sum(map(jnp.multiply, slopes, params)) + 0 * batch["x"], {})
+  optimizer = optax.sgd(0.1)
+  step = jax.jit(make_train_step(objective, optimizer, 0.9, 2))
+  _, metrics = step(init_state(params, optimizer, jax.random.key(0)), {"x": jnp.zeros(2)}, jnp.arange(2))
+  assert metrics["grad_norm"].dtype == jnp.float32
+  np.testing.assert_allclose(metrics["grad_norm"], 276**0.5, rtol=1e-6)

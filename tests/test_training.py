@@ -445,6 +445,16 @@ def test_flops_and_the_share_of_the_peak(monkeypatch):
   assert values["model_flops_utilization"] == pytest.approx(2.0 / (4.0 * jax.device_count()))
 
 
+@pytest.mark.parametrize(
+  ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("TPU v5 lite", 197), ("TPU v5", 459)]
+)
+def test_the_peak_is_that_of_the_device(monkeypatch, kind, peak):
+  device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  share = cost.rates(1e12)(1.0)["model_flops_utilization"]
+  assert share == pytest.approx(1 / (peak * jax.device_count()))
+
+
 def test_metrics_beyond_the_restored_step_are_dropped(tmp_path):
   with MetricsWriter(tmp_path, 0) as writer:
     for step in (2, 4, 6):

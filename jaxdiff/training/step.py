@@ -128,7 +128,7 @@ def make_train_step(
       grads, metrics = jax.lax.psum((grads, metrics), axis_name)
 
     with jax.numpy_dtype_promotion("standard"):
-      metrics["grad_norm"] = optax.tree.norm(grads)
+      metrics["grad_norm"] = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide(g.dtype)), grads))
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
     updated = state._replace(
