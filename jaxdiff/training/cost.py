@@ -15,7 +15,6 @@ _PEAK_TERAFLOPS = {  # by the beginning of device_kind, the first that fits
   "Tesla V100": 125.0,
   "NVIDIA A100": 312.0,
   "NVIDIA H100 PCIe": 756.0,
-  "NVIDIA H100 NVL": 835.0,
   "NVIDIA H100": 989.0,
   "NVIDIA H200": 989.0,
   "TPU v4": 275.0,
