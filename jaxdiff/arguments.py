@@ -60,8 +60,7 @@ def launch(command: str, argv: list[str]) -> tuple[Launch, list[str]]:
   Raises:
     ConfigError: a value that cannot be read, or --processes or --process without --coordinator.
   """
-  names = [f"--{field.name}" for field in dataclasses.fields(Launch) if field.name != "profile" or command == "train"]
-  found, rest, left = {}, [], list(argv)
+  names, found, rest, left = _launch_flags(command), {}, [], list(argv)
   while left:
     name, equals, value = left.pop(0).partition("=")
     if name not in names:
@@ -72,7 +71,13 @@ def launch(command: str, argv: list[str]) -> tuple[Launch, list[str]]:
     found[name.removeprefix("--")] = _launch_value(name, value)
   if {"processes", "process"} & found.keys() and "coordinator" not in found:
     raise ConfigError("--processes and --process need --coordinator=HOST:PORT, the address of process 0")
+  if {"distributed", "coordinator"} <= found.keys():
+    raise ConfigError("--distributed is for processes that JAX finds by itself: leave it out, or --coordinator")
   return Launch(**found), rest
+
+
+def _launch_flags(command: str) -> list[str]:
+  return [f"--{field.name}" for field in dataclasses.fields(Launch) if field.name != "profile" or command == "train"]
 
 
 def _launch_value(name: str, text: str) -> Any:
@@ -100,8 +105,8 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
 
   Args:
     command: the command; for "likelihood" the short flags stand for fields of that section, and --other.field for those
-      of the section other; for all others --sampler, --steps, --num, --seed and --gif for fields of sampler and sample;
-      for "train" --launcher and --fsdp for those of train.
+      of the section other; for "train" --launcher and --fsdp for those of train; for all others --sampler, --steps,
+      --num, --seed and --gif for fields of sampler and sample.
     argv: what follows the command: --workdir=DIR, --config=FILE, --config.field=value; a space may replace the "=".
 
   Raises:
@@ -142,12 +147,12 @@ def directories(argv: list[str]) -> list[Path]:
 
 
 def _short(command: str) -> dict[str, str]:
-  return {"likelihood": _LIKELIHOOD, "train": _TRAIN | _SAMPLE}.get(command, _SAMPLE)
+  return {"likelihood": _LIKELIHOOD, "train": _TRAIN}.get(command, _SAMPLE)
 
 
 def _options(command: str, argv: list[str]) -> dict[str, str]:
   options, rest = {}, list(argv)
-  special = ("--probes",) if command == "likelihood" else ("--steps",)
+  special = {"likelihood": ("--probes",), "train": ()}.get(command, ("--steps",))
   flags = ("--workdir", "--config", *special, *_short(command))
   while rest:
     name, equals, value = rest.pop(0).partition("=")
@@ -156,7 +161,7 @@ def _options(command: str, argv: list[str]) -> dict[str, str]:
     if name not in flags and not name.startswith("--config."):
       raise ConfigError(
         f"unexpected argument {name + equals + value!r}: settings are given as --config.field=value, some of those of "
-        f"{command} by a short flag; {schema.nearest(name, flags)}"
+        f"{command} by a short flag; {schema.nearest(name, (*flags, *_launch_flags(command)))}"
       )
     if name in _SWITCHES and not equals and (not rest or rest[0].startswith("--")):
       value = "True"

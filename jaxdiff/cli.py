@@ -116,7 +116,7 @@ def _join(command: str, launch: Any) -> None:
   try:
     parallel.join(launch.coordinator, launch.processes, launch.process, launch.timeout)
   except (ValueError, RuntimeError, TimeoutError) as error:
-    _leave(2, f"the processes do not find each other: {error}")
+    _leave(2 if isinstance(error, ValueError) else 1, f"the processes do not find each other: {error}")
   if not jax.distributed.is_initialized():
     _leave(
       2,

@@ -22,6 +22,7 @@ from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
 from jaxdiff.schema import EvaluateSettings, LikelihoodSettings, SampleSettings, TrainSettings
+from jaxdiff.training import ema
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
@@ -236,9 +237,16 @@ def train_settings(config: Config) -> TrainSettings:
       raise ConfigError(
         f"config.train.steps_per_dispatch = {settings.steps_per_dispatch} must divide config.train.{name} = {value}"
       )
+  for length in settings.ema_lengths:
+    _construct(ema.exponent, {}, "train.ema_lengths", length=length)
   if not 0 <= settings.ema_decay < 1:
     raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
   return settings
+
+
+def _check_length(path: str, length: float | None) -> None:
+  if length is not None:
+    _construct(ema.exponent, {}, f"{path}.ema_length", length=length)
 
 
 def sample_settings(config: Config) -> SampleSettings:
@@ -246,6 +254,7 @@ def sample_settings(config: Config) -> SampleSettings:
   settings = component("sample", config["sample"])
   _at_least("sample", settings, 1, "num", "batch_size", "trajectories")
   _check_seed("sample.seed", settings.seed)
+  _check_length("sample", settings.ema_length)
   return settings
 
 
@@ -266,6 +275,7 @@ def likelihood_settings(config: Config) -> LikelihoodSettings:
   _at_least("likelihood", settings, 1, "batch_size", "draws")
   _at_least("likelihood", settings, 0, "bound_draws")
   _check_seed("likelihood.seed", settings.seed)
+  _check_length("likelihood", settings.ema_length)
   trace = section.get("divergence", {"type": "exact"})["type"]
   if settings.importance and trace != "exact":
     raise ConfigError(
@@ -315,6 +325,7 @@ def evaluate_settings(config: Config) -> EvaluateSettings:
   _at_least("evaluate", settings, 1 + max(settings.manifold_k, settings.coverage_k), "num")
   _at_least("evaluate", settings, 0, "reference")
   _check_seed("evaluate.seed", settings.seed)
+  _check_length("evaluate", settings.ema_length)
   _check_split(config, "evaluate", settings.split)
   return settings
 

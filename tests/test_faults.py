@@ -227,7 +227,7 @@ def test_an_unreachable_coordinator_is_named(tmp_path):
     address = f"127.0.0.1:{free.getsockname()[1]}"
   process = start(tmp_path / "run", f"--coordinator={address}", "--processes=2", "--process=1", "--timeout=2")
   (code,), (said,) = finish(process)
-  assert code == MISTAKE
+  assert code == FAILED
   assert address in said
 
 

@@ -343,7 +343,7 @@ def test_loop_reads_one_batch_ahead_and_measures_the_wait(tmp_path):
     train(state, noted, slow(), **where, total_steps=4, writer=writer, hooks=[lambda step, state: order.append("end")])
   assert order == ["read 1", "step", "read 2", "end", "step", "read 3", "end", "step", "read 4", "end", "step", "end"]
   (record,) = read_metrics(tmp_path / "metrics.jsonl")
-  assert record["input_wait"] * 4 / record["steps_per_second"] >= 0.06
+  assert record["input_wait"] * 3 / record["steps_per_second"] >= 0.04  # after the first step, which compiles
 
 
 def test_loop_does_not_count_the_time_of_hooks(tmp_path):

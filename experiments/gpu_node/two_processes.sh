@@ -42,5 +42,5 @@ for pid in "${pids[@]}"; do
     code=$status
   fi
 done
-tail -n 3 "$WORKDIR/process_0.log"
+tail -n 3 "$WORKDIR"/process_*.log
 exit "$code"

@@ -34,7 +34,8 @@ case "${1:-}" in
     shift
     flags=$(printf ' %q' train --config="$CONFIG" --workdir="$WORKDIR" --launcher=jit --fsdp="$FSDP" --distributed "$@")
     # `cd ... ;` and not `&&`: the process in the background, whose number is kept for `stop`, is jaxdiff itself.
-    on_all "cd ~/jaxdiff-source; JAX_COMPILATION_CACHE_DIR=$(printf %q "$WORKDIR/../jax_cache") \
+    on_all "if kill -0 \$(cat ~/train.pid 2>/dev/null) 2>/dev/null; then echo 'a training runs here; stop it first' >&2; exit 1; fi
+cd ~/jaxdiff-source; JAX_COMPILATION_CACHE_DIR=$(printf %q "$WORKDIR/../jax_cache") \
 nohup ~/venv/bin/jaxdiff$flags >>~/train.log 2>&1 </dev/null & echo \$! >~/train.pid"
     ;;
   log)

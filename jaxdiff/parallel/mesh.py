@@ -38,7 +38,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
   if fsdp < 1 or count % fsdp:
     valid = [size for size in range(1, count + 1) if count % size == 0]
     raise ValueError(
-      f"fsdp={fsdp}: {count} devices cannot be laid out as data x {fsdp}; valid values are {', '.join(map(str, valid))}"
+      f"fsdp={fsdp}: {count} device{'s' * (count > 1)} cannot be laid out as data x {fsdp}; valid values are "
+      f"{', '.join(map(str, valid))}"
     )
   shape = count // fsdp, fsdp
   # jax.make_mesh refuses to lay 8 x 8 out on the 4 x 4 x 4 torus of a TPU slice.

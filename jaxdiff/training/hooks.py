@@ -1,6 +1,7 @@
 """Hooks of the training loop: `hook(step, state)` is called after every dispatch.
 
-`every(n, run)` calls `run(step, state)` each n steps; `Profile` traces some steps. The loop knows neither.
+`every(n, run, last)` calls `run(step, state)` each n steps and after the last; `Profile` traces some steps. The loop
+knows neither.
 """
 
 from collections.abc import Callable

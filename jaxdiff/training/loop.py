@@ -6,6 +6,7 @@ at the same parameters, bit for bit. While a step runs on the devices the next b
 loop waits for the step before last only, and metrics come to the host when they are logged.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -48,7 +49,8 @@ def train(
 
   Metrics are means over the steps since the last record, written every `log_every` steps, at every checkpoint and at
   the end: those of the steps, without the skipped ones; "skipped", their number; "steps_per_second",
-  "examples_per_second", and "input_wait", the share of the time in which the loop waited for the iterator.
+  "examples_per_second", and "input_wait", the share of the time in which the loop waited for the iterator. The first
+  dispatch compiles and has no part in these.
 
   Args:
     state: where to start, as `launcher.create` makes it; donated, use the returned one.
@@ -85,39 +87,66 @@ def train(
   index, pending = launcher.put(rows), list[dict[str, jax.Array]]()
   feed = Feed(iterator, launcher.put, steps_per_dispatch, total_steps - start)
   with Progress(total_steps, start, silent=jax.process_index() > 0) as progress:
-    since, waited = time.perf_counter(), feed.waited
+    clock = _Clock(feed)
     for step in range(start + steps_per_dispatch, total_steps + 1, steps_per_dispatch):
       state, metrics = step_fn(state, feed.take(step), index)
       feed.fetch()
-      jax.block_until_ready(pending[-1:])
+      first = step == start + steps_per_dispatch
+      jax.block_until_ready(metrics if first else pending[-1:])
       pending.append(metrics)
       progress.advance(steps_per_dispatch)
+      clock.restart() if first else clock.tick()  # the first has compiled
 
       last = step == total_steps or should_stop(step)
       saving = checkpoints is not None and (step % checkpoint_every == 0 or last)
       if saving or step % log_every == 0 or last:
         record = _means(jax.device_get(pending), step, max_skipped, checkpoints)
-        seconds = time.perf_counter() - since
-        speed = len(pending) * steps_per_dispatch / seconds
-        record |= {"steps_per_second": speed, "examples_per_second": speed * global_batch}
-        record |= {"input_wait": (feed.waited - waited) / seconds, **rates(speed)}
+        if speed := clock.steps_per_second(steps_per_dispatch):
+          record |= {"steps_per_second": speed, "examples_per_second": speed * global_batch}
+          record |= {"input_wait": clock.input_wait(), **rates(speed)}
         progress.report(step, record)
         if writer is not None:
           writer.write(step, record)
-        pending, since, waited = [], time.perf_counter(), feed.waited
+        pending = []
+        clock.restart()
       if checkpoints is not None and saving:
         if not all_finite(state):
           raise NonFiniteError(f"the parameters are not finite at step {step}; {_advice(checkpoints)}")
         checkpoints.save(state, feed.position)
-      paused = time.perf_counter()
-      for hook in hooks:
-        hook(step, state)
-      since += time.perf_counter() - paused
+      with clock.paused():
+        for hook in hooks:
+          hook(step, state)
       if last:
         break
   if checkpoints is not None:
     checkpoints.wait()
   return state
+
+
+class _Clock:
+  """Times the dispatches since `restart`, and how long of it the feed has waited."""
+
+  def __init__(self, feed: Feed):
+    self._feed = feed
+    self.restart()
+
+  def restart(self) -> None:
+    self._since, self._waited, self._dispatches = time.perf_counter(), self._feed.waited, 0
+
+  def tick(self) -> None:
+    self._dispatches += 1
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - begin
+
+  def steps_per_second(self, steps_per_dispatch: int) -> float:
+    return self._dispatches * steps_per_dispatch / (time.perf_counter() - self._since)
+
+  def input_wait(self) -> float:
+    return (self._feed.waited - self._waited) / (time.perf_counter() - self._since)
 
 
 def _check(start: int, per_dispatch: int, max_skipped: int, global_batch: int, steps: dict[str, int]) -> None:

@@ -27,12 +27,15 @@ class Progress:
     self._out = sys.stderr if out is None else out
     self._silent = silent
     self._total, self._start, self._every = total, start, every
-    self._begin, self._printed = time.monotonic(), -float("inf")
+    self._begin: float | None = None
+    self._printed = -float("inf")
     bar = self._out.isatty() and not silent
     self._bar = tqdm(total=total, initial=start, file=self._out, unit="step", dynamic_ncols=True) if bar else None
 
   def advance(self, steps: int = 1) -> None:
-    """Counts more steps."""
+    """Counts more steps; the first ones compile, and are not those whose speed is shown."""
+    if self._begin is None:
+      self._begin, self._start = time.monotonic(), self._start + steps
     if self._bar is not None:
       self._bar.update(steps)
 
@@ -47,7 +50,7 @@ class Progress:
     if self._silent or (step < self._total and now - self._printed < self._every):
       return
     self._printed = now
-    speed = (step - self._start) / max(now - self._begin, 1e-9)
+    speed = (step - self._start) / max(now - (self._begin or now), 1e-9)
     left = tqdm.format_interval((self._total - step) / max(speed, 1e-9))
     print(
       f"step {step}/{self._total}, {loss}, {speed:.3g} steps/s, {left} left",
