@@ -12,7 +12,7 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="u
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_program_of_the_readme_runs(capsys):
+def test_the_program_of_the_readme_runs(capsys, tmp_path):
   program = BLOCKS[0].replace("jax.random.key(1), 500)", "jax.random.key(1), 2)").replace("x[:500]", "x[:4]")
   program = program.replace("(500, 2)", "(4, 2)").replace("make_moons(4096", "make_moons(64")
   assert program.count("(4, 2)") == program.count("key(1), 2)") == program.count("x[:4]") == 1
@@ -20,13 +20,18 @@ def test_the_program_of_the_readme_runs(capsys):
   objectives = BLOCKS[1].replace("x[:500]", "x[:4]").replace("draws=64", "draws=2")
   sampling = BLOCKS[2].replace("500", "4")
   likelihoods = BLOCKS[4].replace("x[:64]", "x[:4]").replace("(10, 2)", "(4, 2)")
-  exec(compile("\n".join([program, objectives, sampling, BLOCKS[3], likelihoods]), "README.md", "exec"), names)
+  training = (
+    BLOCKS[5].replace("256", "64").replace("total_steps=500", "total_steps=2").replace("runs/moons", str(tmp_path))
+  )
+  blocks = [program, objectives, sampling, BLOCKS[3], likelihoods, training]
+  exec(compile("\n".join(blocks), "README.md", "exec"), names)
   assert capsys.readouterr().out.startswith("(4, 2) ")
   assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(names["gradient"]["interior"]))
   assert np.all(np.isfinite(names["nats"]))
   assert callable(names["bits"])
   assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(names["likelihood_gradient"]))
   assert np.all(names["points"].status.code == 0)
+  assert int(names["state"].step) == 2
 
 
 def test_every_file_that_the_readme_names_exists():
