@@ -84,6 +84,15 @@ def test_init_state_copies_what_it_is_given():
   jax.random.uniform(key)
 
 
+def test_weak_types_do_not_compile_the_second_step_again():
+  """A weak type of a parameter, as of `1.0 * jnp.ones`, or of the optimizer's state becomes strong in a step."""
+  scale = optax.GradientTransformation(lambda params: jnp.array(1.0), lambda updates, state, params: (updates, state))
+  params = jax.tree.map(lambda p: p * 2, {"w": jnp.asarray(1.0)})
+  assert params["w"].weak_type
+  state = init_state(params, scale, jax.random.key(0))
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(state._replace(key=0)) if isinstance(leaf, jax.Array))
+
+
 @pytest.mark.parametrize("global_batch", [8, 12, 128])
 def test_one_uniform_in_every_cell(global_batch):
   index = jnp.arange(global_batch)

@@ -32,6 +32,8 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
   source = console.together(lambda: factory.make_source(config, "train"))
   if settings.batch_size > len(source):
     raise ConfigError(f"config.train.batch_size = {settings.batch_size} exceeds the {len(source)} training examples")
+  if settings.sample_every:
+    _check_sampling(config, source, launcher)
   fingerprint = rundir.fingerprint(config, source)
   rundir.check_same_everywhere({"config": config, "data": fingerprint["data"]})
 
@@ -155,17 +157,12 @@ def _hooks(
     draw = _sampling(config, source, launcher, writer, workdir / "samples")
     yield hooks.every(settings.sample_every, draw, settings.steps)
   if profile is not None:
-    try:
-      traced = hooks.Profile(workdir / "profile", *profile)
-    except ValueError as error:
-      raise ConfigError(f"--{error}") from error
+    traced = hooks.Profile(workdir / "profile", *profile)
     stack.callback(traced.close)
     yield traced
 
 
-def _validation(
-  config: Config, launcher: parallel.Launcher, writer: MetricsWriter
-) -> Callable[[int, TrainState], None]:
+def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWriter) -> training.Hook:
   """Writes the mean loss of held-out examples and, where there is one, their variational bound, of the average.
 
   The noise is the same each time, so that the numbers can be compared.
@@ -197,14 +194,17 @@ def _validation(
   return run
 
 
+def _check_sampling(config: Config, source: Source, launcher: parallel.Launcher) -> None:
+  if not console.can_be_shown(source):
+    raise ConfigError(f"config.train.sample_every shows images or points in the plane; the data are {source.shape}")
+  console.check_batch("sample.batch_size", factory.sample_settings(config).batch_size, launcher.mesh.size)
+
+
 def _sampling(
   config: Config, source: Source, launcher: parallel.Launcher, writer: MetricsWriter, folder: Path
 ) -> training.Hook:
   """Draws samples of the average into a picture a step, and shows it."""
   settings, mesh = factory.sample_settings(config), launcher.mesh
-  if not console.can_be_shown(source):
-    raise ConfigError(f"config.train.sample_every shows images or points in the plane; the data are {source.shape}")
-  console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
 
   def make(params: Any) -> Callable[..., Any]:
     process = factory.make_process(config, params)

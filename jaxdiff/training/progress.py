@@ -50,13 +50,13 @@ class Progress:
     if self._silent or (step < self._total and now - self._printed < self._every):
       return
     self._printed = now
+    pace = "" if step == self._start else self._pace(step, now)
+    print(f"step {step}/{self._total}, {loss}{pace}", file=self._out, flush=True)
+
+  def _pace(self, step: int, now: float) -> str:
     speed = (step - self._start) / max(now - (self._begin or now), 1e-9)
     left = tqdm.format_interval((self._total - step) / max(speed, 1e-9))
-    print(
-      f"step {step}/{self._total}, {loss}, {speed:.3g} steps/s, {left} left",
-      file=self._out,
-      flush=True,
-    )
+    return f", {speed:.3g} steps/s, {left} left"
 
   def __enter__(self) -> "Progress":
     return self

@@ -69,12 +69,13 @@ def init_state(
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise TypeError(f"params{jax.tree_util.keystr(path)}: parameters must be floats, got {jnp.result_type(leaf)}")
-  params = jax.tree.map(jnp.array, params)
+  # With their types given: weak ones would become strong in the first step, and the second one be compiled again.
+  params = jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p)), params)
   ema_params, *averages = [
     jax.tree.map(lambda p: jnp.array(p, wide(p.dtype)), params) for _ in range(1 + len(ema_lengths))
   ]
   with jax.numpy_dtype_promotion("standard"):
-    opt_state = optimizer.init(params)
+    opt_state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), optimizer.init(params))
   step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
   return TrainState(step, params, ema_params, opt_state, jnp.copy(key), tuple(averages), skipped, skipped_in_a_row)
 
