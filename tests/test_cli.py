@@ -181,7 +181,8 @@ def test_evaluate_measures_samples_and_goes_on_where_it_stopped(trained, tmp_pat
   assert starts[4:] == [0, 16]
 
 
-@pytest.mark.parametrize("config", ["digits", pytest.param("vdm_digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["digits", "vdm_digits"])
 def test_images_from_raw_digits_to_bits(config, tmp_path, capsys, monkeypatch):
   """A digits config with a tiny network and few steps: PNG grids, and the table with its baselines."""
   arguments = [

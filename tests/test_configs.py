@@ -61,6 +61,7 @@ def test_configs_build_without_their_data(name):
   assert "measured" in ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10_vp", "imagenet64"])
 def test_tfds_configs_train(name, tmp_path):
   import tensorflow_datasets as tfds
