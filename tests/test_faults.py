@@ -42,10 +42,11 @@ def start(workdir, *arguments, devices=1, largest_file=None, command="train", co
   """A command in a process of its own, with a limit on the bytes of a file."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
   argv = [sys.executable, "-m", "jaxdiff.cli", command, f"--workdir={workdir}", *config, *arguments]
-  limit = None if largest_file is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
-  return subprocess.Popen(
-    argv, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=limit
-  )
+  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+  process = subprocess.Popen(argv, cwd=ROOT, env=environment, text=True, **quiet)
+  if largest_file is not None:
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+  return process
 
 
 def finish(*processes, timeout=240):
