@@ -9,7 +9,7 @@ Resampling within the block (Brock et al. 2019, BigGAN) acts before the first co
 
 Parameters for c channels in, f out: GroupNorm_0 (scale, bias: [c]); Conv_0/kernel [3, 3, c, f]; Dense_0 (kernel [e, f],
 or [e, 2 f] with the scales first, and bias); GroupNorm_1 (scale, bias: [f]) with "add"; Conv_1 (kernel [3, 3, f, f],
-bias [f]); shortcut (kernel [c, f], bias [f]) where x is projected. With `all_biases` there are also Conv_0/bias and, with
+bias [f]); shortcut (kernel [c, f], bias [f]) where x is projected. `all_biases` adds Conv_0/bias and, with
 "scale_shift", GroupNorm_1.
 """
 

@@ -5,7 +5,7 @@
 | pool | mean of 2x2 | every pixel repeated |
 | conv | convolution 3x3 of stride 2, padded (0, 1) | every pixel repeated, convolution 3x3 |
 | conv_symmetric | the same, padded (1, 1) | the same |
-| fir | filter (1, 3, 3, 1)/8 along each axis, every other pixel | zeros between, filter (1, 3, 3, 1)/4 along each axis |
+| fir | filter (1, 3, 3, 1)/8 of each axis, then every other pixel | zeros between, filter (1, 3, 3, 1)/4 of each axis |
 
 `conv` is that of DDPM, `conv_symmetric` that of ADM, `fir` that of StyleGAN2 and NCSN++ (Song et al. 2021, Appendix H):
 without aliasing where convolutions alias. Down is the adjoint of up, over 4; both keep constants, but for the border.

@@ -13,7 +13,7 @@ of the way down first, then those of the middle, then those of the way up from t
 | TimeEmbedding_0 | see `layers` | |
 | conditions_NAME | the condition module, see `conditioning` | `conditions` |
 | Conv_0 | first convolution, kernel [3, 3, inputs, channels], bias | |
-| ResidualBlock_k | see `blocks`: of L levels blocks L on the way down, 2 in the middle, (blocks + 1) L on the way up | |
+| ResidualBlock_k | `blocks`: blocks L on the way down, of L levels, 2 in the middle, L (blocks + 1) on the way up | |
 | SelfAttention_k | see `attention`: after every block of `attention_levels`, between the two of the middle | |
 | CrossAttention_k | see `attention`: after SelfAttention_k | conditions with tokens |
 | down_LEVEL, up_LEVEL | from LEVEL to the next lower or higher resolution: Conv_0, or the names of a residual block | \
