@@ -1,7 +1,7 @@
 """The network of variational diffusion models: (x: [b, h, w, c], t: [b]) -> [b, h, w, c].
 
-A U-Net that never halves the image, and is deep instead: a precise likelihood is a matter of single pixels. Attention is
-in its middle only. Fourier features of the input tell neighbouring levels of the data apart.
+A U-Net that never halves the image but is deep: a precise likelihood is a matter of single pixels. Attention is only in
+its middle. Fourier features of the input tell neighbouring levels of the data apart.
 """
 
 import dataclasses
