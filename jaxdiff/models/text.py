@@ -96,6 +96,9 @@ class Text(nn.Module):
   def null(self) -> int:
     return 0
 
+  def nothing(self, x: Array) -> Integer[Array, "b n"]:
+    return jnp.zeros((len(x), self.length), jnp.uint8)
+
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"bytes [b, {self.length}] of UTF-8 as uint8, the end filled with 0, null 0"
     check_array(name, value, x, (self.length,), jnp.integer, words)
