@@ -137,7 +137,7 @@ def test_parameters_have_the_type_asked_for():
 
 
 PRESETS = {
-  # exact count, size of the images, published: Ho et al. 2020, Appendix B; Dhariwal and Nichol 2021, Table 11
+  # exact count, size of the images, published: Ho et al. 2020, Appendix B; Dhariwal and Nichol 2021, Appendix I
   "ddpm_cifar10": (35_746_307, 32, 35.7),
   "ddpm_256": (113_673_219, 256, 114),
   "ddpmpp_cifar10": (61_804_419, 32, 62),
