@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxdiff.models import RefineNet, VDMNet, conditioning
-from jaxdiff.models.layers import ResidualBlock, SelfAttention, TimeEmbedding, fourier_features
+from jaxdiff.models.attention import SelfAttention
+from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.layers import TimeEmbedding, fourier_features
 from jaxdiff.models.ncsn import ConditionalInstanceNorm
 
 CONDITIONS = {"label": conditioning.Label(3), "image": conditioning.Image(2)}

@@ -8,7 +8,7 @@ NCSN has a table of them for its ten levels.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models import conditioning
 from jaxdiff.models.layers import ZERO, TimeEmbedding, check_input
-
-Padding = Literal["SAME", "CIRCULAR"]
+from jaxdiff.models.resampling import Padding
 
 
 class ConditionalInstanceNorm(nn.Module):

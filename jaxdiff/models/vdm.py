@@ -14,15 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.models import conditioning
-from jaxdiff.models.layers import (
-  ZERO,
-  ResidualBlock,
-  SelfAttention,
-  TimeEmbedding,
-  check_divisible,
-  check_input,
-  fourier_features,
-)
+from jaxdiff.models.attention import SelfAttention
+from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.layers import ZERO, TimeEmbedding, check_divisible, check_input, fourier_features
 
 
 class VDMNet(nn.Module):
