@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
-from jaxdiff.models import MLP, UNet, conditioning
+from jaxdiff.models import MLP, RefineNet, UNet, VDMNet, conditioning
 from jaxdiff.models.text import Text
 from jaxdiff.typing import Keys, Sample, State
 
@@ -236,7 +236,7 @@ TIMES: Table = {
   "log_normal": losses.times.log_normal,
   "fixed": losses.times.fixed,
 }
-NETWORKS: Table = {"UNet": UNet, "MLP": MLP}
+NETWORKS: Table = {"UNet": UNet, "MLP": MLP, "RefineNet": RefineNet, "VDMNet": VDMNet}
 CONDITIONS: Table = {
   "label": label,
   "scalar": scalar,

@@ -132,6 +132,7 @@ def test_the_null_condition_is_the_empty_text(encoder):
   text, _, _ = encoder
   null = conditioning.null({"text": text})["text"]
   np.testing.assert_array_equal(encode_text([""], LENGTH), np.full((1, LENGTH), null))
+  np.testing.assert_array_equal(conditioning.nothing({"text": text}, X)["text"], encode_text([""] * 4, LENGTH))
 
 
 def test_letters_and_their_order_matter(encoder):

@@ -106,6 +106,12 @@ def check_names(conditions: Mapping[str, Any], cond: Mapping[str, Array]) -> Non
     raise ValueError(f"cond lacks {', '.join(map(repr, missing))}: pass all of {known}; the null condition is `null()`")
 
 
+def refuse_tokens(encoded: Encoded, network: str) -> None:
+  """Raises a ValueError if there are tokens, for a network without cross-attention."""
+  if encoded.tokens is not None:
+    raise ValueError(f"{network} has no cross-attention to read the tokens of its conditions: use a UNet or a DiT")
+
+
 def check_array(name: str, value: Array, x: Array, shape: tuple[int | None, ...], kind: Any, words: str) -> None:
   """Raises a TypeError for another kind of numbers, a ValueError for another shape; None in `shape` is any size."""
   if not jnp.issubdtype(value.dtype, kind):

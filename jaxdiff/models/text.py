@@ -19,7 +19,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
 
 from jaxdiff.models.attention import attention
 from jaxdiff.models.conditioning import Encoded, check_array
@@ -84,6 +84,9 @@ class Text(nn.Module):
   @property
   def null(self) -> int:
     return 0
+
+  def nothing(self, x: Array) -> UInt8[Array, "b n"]:
+    return jnp.zeros((len(x), self.length), jnp.uint8)
 
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"bytes [b, {self.length}] of UTF-8 as uint8, the end filled with 0, null 0"
