@@ -35,11 +35,11 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     {
       "batch_size": 16,
-      "steps": 1200,
+      "steps": 800,
       "ema_decay": 0.995,
       "random_flip": False,
       "log_every": 25,
-      "checkpoint_every": 300,
+      "checkpoint_every": 200,
       "keep": 3,
     }
   )

@@ -37,12 +37,12 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     {
       "batch_size": 16,
-      "steps": 2400,
+      "steps": 1600,
       "ema_decay": 0.995,
       "drop_conditions": 0.1,
       "random_flip": False,
       "log_every": 25,
-      "checkpoint_every": 300,
+      "checkpoint_every": 200,
       "keep": 3,
     }
   )
