@@ -1,8 +1,12 @@
 """Colorization: the 3786 emoji of Noto at 32x32, given their brightness. For two CPU cores.
 
-npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-jaxdiff data emoji --input=package --output=data/emoji32 --size=32
-jaxdiff train --config=configs/emoji32_colorization.py --workdir=runs/emoji_color
+    npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
+    jaxdiff data emoji --input=package --output=data/emoji32 --size=32
+    jaxdiff train --config=configs/emoji32_colorization.py --workdir=runs/emoji_color
+    jaxdiff sample --workdir=runs/emoji_color
+
+An emoji and its skin tones are all in one split, so the test set is new to the model; sample k is given what belongs
+to test image k. What was measured is in experiments/conditioning.
 """
 
 from ml_collections import ConfigDict

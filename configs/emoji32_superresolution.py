@@ -1,8 +1,12 @@
 """Super-resolution: the 3786 emoji of Noto at 32x32, given at 16x16. For two CPU cores.
 
-npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-jaxdiff data emoji --input=package --output=data/emoji32 --size=32
-jaxdiff train --config=configs/emoji32_superresolution.py --workdir=runs/emoji_large
+    npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
+    jaxdiff data emoji --input=package --output=data/emoji32 --size=32
+    jaxdiff train --config=configs/emoji32_superresolution.py --workdir=runs/emoji_large
+    jaxdiff sample --workdir=runs/emoji_large
+
+An emoji and its skin tones are all in one split, so the test set is new to the model; sample k is given what belongs
+to test image k. What was measured is in experiments/conditioning.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +39,7 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     {
       "batch_size": 16,
-      "steps": 800,
+      "steps": 400,
       "ema_decay": 0.995,
       "random_flip": False,
       "log_every": 25,
