@@ -158,7 +158,7 @@ def embedding(features: int, sequence: bool = False, dtype: str = "float32") -> 
 
 
 def text(length: int, width: int = 128, layers: int = 2, heads: int = 4, dtype: str = "float32") -> Condition:
-  """The caption of the example, read by an encoder of bytes."""
+  """The caption of the example, of data with as large a `text_length`."""
   return Condition(Text(length, width, layers, heads, dtype=dtype))
 
 
