@@ -6,5 +6,6 @@ jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships,
 
 from jaxdiff.models import conditioning as conditioning
 from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
+from jaxdiff.models.dit import DiT as DiT
 from jaxdiff.models.mlp import MLP as MLP
 from jaxdiff.models.unet import UNet as UNet

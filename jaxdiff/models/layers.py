@@ -4,6 +4,7 @@ Feature maps are [b, h, w, c]. Parameters are float32; `dtype` is the type of th
 softmax follows have no bias: it would cancel, and Adam would turn the rounding of its zero gradient into steps.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -94,17 +95,19 @@ class TimeEmbedding(nn.Module):
     features: size of the output; the sinusoids take `features` // 4 of them, rounded up to an even number of 4 or more.
     max_frequency: see `sinusoidal_embedding`, radians per unit of time.
     dtype: type of the computation.
+    param_dtype: type of the parameters.
   """
 
   features: int
   max_frequency: float = 1000.0
   dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b features"]:
     h = sinusoidal_embedding(t, max(4, 2 * math.ceil(self.features / 8)), self.max_frequency)
-    h = nn.silu(nn.Dense(self.features, dtype=self.dtype)(h.astype(self.dtype)))
-    return nn.Dense(self.features, dtype=self.dtype)(h)
+    dense = functools.partial(nn.Dense, self.features, dtype=self.dtype, param_dtype=self.param_dtype)
+    return dense()(nn.silu(dense()(h.astype(self.dtype))))
 
 
 class ResidualBlock(nn.Module):
