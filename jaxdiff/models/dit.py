@@ -45,7 +45,7 @@ References:
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -57,12 +57,10 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxdiff.models import conditioning
 from jaxdiff.models.attention import Implementation, attention
 from jaxdiff.models.layers import ZERO, check_choice, check_divisible, check_input, sinusoidal_embedding
+from jaxdiff.models.remat import CHOICES as REMAT_CHOICES
+from jaxdiff.models.remat import Remat, rematerialized
 
 _SINUSOIDS = 256
-_POLICIES: dict[str, Callable[..., Any]] = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 _XAVIER = nn.initializers.xavier_uniform()
 _SMALL = nn.initializers.normal(0.02)
 
@@ -129,10 +127,10 @@ class Block(nn.Module):
     e = h.shape[-1]
     split = lambda y, parts: jnp.split(y, parts, axis=-1)
     heads = lambda y: y.reshape(*y.shape[:2], self.heads, e // self.heads)
-    attend = lambda *of: attention(*of, implementation=self.implementation).reshape(h.shape)
+    attend = lambda q, k, v, there=None: attention(q, k, v, there, self.implementation).reshape(h.shape)
     parts = split(self._dense("modulation", 6 * e, ZERO)(nn.silu(embedding)), 6)
     y = self._dense("query_key_value", 3 * e)(_modulated(h, *parts[:2]))
-    y = attend(*(heads(part) for part in split(y, 3)))
+    y = attend(*map(heads, split(y, 3)))
     h = h + parts[2][:, None, :] * self._dense("attention_output", e)(y)
     if tokens is not None:
       query = heads(self._dense("cross_query", e)(_norm(h)))
@@ -195,7 +193,7 @@ class DiT(nn.Module):
   conditions: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
-  remat: Literal["none", "dots", "full"] = "none"
+  remat: Remat = "none"
   attention_implementation: Implementation = "xla"
   scan: bool = False
 
@@ -242,9 +240,7 @@ class DiT(nn.Module):
   def _blocks(self, h: Array, *context: Array | None) -> Array:
     fields = self.heads, self.mlp_ratio, self.dtype, self.param_dtype, self.attention_implementation
     block = lambda name: Block(*fields, name=name)
-    apply = lambda block, h, *context: block(h, *context)
-    if self.remat != "none":
-      apply = nn.remat(apply, policy=_POLICIES[self.remat], prevent_cse=not self.scan)
+    apply = rematerialized(lambda block, h, *context: block(h, *context), self.remat, within_scan=self.scan)
     if not self.scan:
       for i in range(self.depth):
         h = apply(block(f"block_{i}"), h, *context)
@@ -262,7 +258,7 @@ class DiT(nn.Module):
     check_input(x, t, rank=4, layout="images [b, h, w, c]")
     if self.patch < 1 or self.depth < 1:
       raise ValueError(f"patch={self.patch} and depth={self.depth} must be positive")
-    check_choice("remat", self.remat, ("none", *_POLICIES))
+    check_choice("remat", self.remat, REMAT_CHOICES)
     check_choice("attention_implementation", self.attention_implementation, ("xla", "cudnn"))
     check_divisible("width", self.width, "the four waves of the positions", 4)
     check_divisible("width", self.width, "heads", self.heads)
