@@ -1,8 +1,6 @@
 """From a config to components: the only file that builds from configs; `schema` says what a config may hold."""
 
-import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import json
 import warnings
@@ -16,13 +14,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxdiff import components, divergence, flow, likelihood, predictions, schedules, schema, sde
-from jaxdiff.data.examples import SPLITS, Source, check_choice
+from jaxdiff import components, divergence, flow, likelihood, options, predictions, schedules, schema, sde
+from jaxdiff.data.examples import Source
 from jaxdiff.models import MLP, UNet
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
-from jaxdiff.schema import EvaluateSettings, LikelihoodSettings, SampleSettings, TrainSettings
-from jaxdiff.training import ema
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
@@ -79,36 +75,14 @@ def differences(saved: Any, given: Any, path: str = "config") -> list[str]:
   return [] if saved == given else [f"{path} was {saved!r}, is {given!r}"]
 
 
-def _construct(constructor: Callable[..., Any], fields: Mapping[str, Any], path: str, /, **given: Any) -> Any:
-  """`constructor(**given, **fields)`, with errors that name the path in the config."""
-  try:
-    return constructor(**given, **fields)
-  except (ValueError, TypeError, OSError) as error:
-    raise ConfigError(f"config.{path}: {error}") from error
-
-
-def component(path: str, section: Any, /, **given: Any) -> Any:
-  """What a section makes, given what its own sections have made."""
-  schema.check_section(path, section)
-  (constructor,) = schema.constructors(path, section)
-  known = schema.parameters(path, section)
-  fields = {name: schema.cast(section[name], known[name].annotation) for name in section.keys() & known.keys()}
-  return _construct(constructor, fields, path, **given)
-
-
 def make_source(config: Config, split: str, section: str = "data") -> Source:
   """The examples of a split, of the run's data or of another section that names a source."""
-  return component(section, config[section], split=split)
+  return schema.component(section, config[section], split=split)
 
 
 def make_forward(config: Config) -> Any:
   """What the section `sde` names: a process, a discrete chain, or a normalizing flow."""
-  return component("sde", config["sde"])
-
-
-def is_flow(config: Config) -> bool:
-  """Whether the run is of a normalizing flow: its network is a vector field, and there are no scores and no noise."""
-  return config["sde"]["type"] == "CNF"
+  return schema.component("sde", config["sde"])
 
 
 def _check_flow(config: Config) -> None:
@@ -116,11 +90,11 @@ def _check_flow(config: Config) -> None:
   process = config["sde"]["type"]
   for path, due in components.WITH_CNF.items():
     kind = config[path]["type"]
-    if is_flow(config) and kind != due:
+    if options.is_flow(config) and kind != due:
       raise ConfigError(f"config.{path}.type must be {due!r} for config.sde.type = 'CNF', got {kind!r}")
-    if not is_flow(config) and kind == due:
+    if not options.is_flow(config) and kind == due:
       raise ConfigError(f"config.{path}.type = {kind!r} needs config.sde.type = 'CNF', got {process!r}")
-  if is_flow(config) and sample_settings(config).threshold != "none":
+  if options.is_flow(config) and options.sample(config).threshold != "none":
     raise ConfigError("config.sample.threshold must be 'none' for config.sde.type = 'CNF', which predicts no data")
 
 
@@ -139,7 +113,7 @@ def make_process(config: Config, params: Any = None) -> Any:
   Its log-SNR must be finite and fall with time, its noise positive and its prior reached.
   """
   made = make_forward(config)
-  if is_flow(config):
+  if options.is_flow(config):
     return made
   process = made.sde() if hasattr(made, "sde") else made
   if params is None or learned(config) is None:
@@ -172,12 +146,12 @@ def _check_process(process: sde.ScalarSDE) -> None:
 
 def make_prediction(config: Config) -> Any:
   """What the network outputs."""
-  return component("prediction", config["prediction"])
+  return schema.component("prediction", config["prediction"])
 
 
 def make_network(config: Config) -> UNet | MLP:
   """The linen module."""
-  return component("network", config["network"], parent=None, name=None)
+  return schema.component("network", config["network"], parent=None, name=None)
 
 
 def init_params(config: Config, source: Source) -> Any:
@@ -201,107 +175,14 @@ def network_params(config: Config, params: Any) -> Any:
 
 def make_optimizer_of(config: Config) -> optax.GradientTransformation:
   """The optimizer; its schedule ends with the training."""
-  section, steps = config["optimizer"], train_settings(config).steps
+  section, steps = config["optimizer"], options.train(config).steps
   schema.check_section("optimizer", section)
   if section["warmup_steps"] >= steps:
     raise ConfigError(
       f"config.train.steps = {steps} must exceed config.optimizer.warmup_steps = {section['warmup_steps']}: "
       "train longer, or warm up in fewer steps"
     )
-  return component("optimizer", section, total_steps=steps)
-
-
-def _at_least(path: str, settings: Any, least: int, *names: str) -> None:
-  for name in names:
-    if (value := getattr(settings, name)) < least:
-      raise ConfigError(f"config.{path}.{name} must be at least {least}, got {value}")
-
-
-def _check_seed(path: str, seed: Any) -> None:
-  if not 0 <= seed < 2**32:
-    raise ConfigError(f"config.{path} must be an integer from 0 to 2**32 - 1, got {seed!r}")
-
-
-def train_settings(config: Config) -> TrainSettings:
-  """The section `train`, its numbers in range."""
-  settings = component("train", config["train"])
-  _at_least("train", settings, 1, "batch_size", "steps", "log_every", "checkpoint_every", "keep", "snapshot_every")
-  _at_least("train", settings, 1, "fsdp", "microbatches", "steps_per_dispatch", "max_skipped", "validate_examples")
-  _at_least("train", settings, 0, "sample_every", "validate_every")
-  if settings.keep_every is not None:
-    _at_least("train", settings, 1, "keep_every")
-  if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
-    raise ConfigError(f"config.train.wandb = {settings.wandb!r} needs the package wandb: pip install wandb")
-  for name in ("steps", "log_every", "checkpoint_every"):
-    if (value := getattr(settings, name)) % settings.steps_per_dispatch:
-      raise ConfigError(
-        f"config.train.steps_per_dispatch = {settings.steps_per_dispatch} must divide config.train.{name} = {value}"
-      )
-  for length in settings.ema_lengths:
-    _construct(ema.exponent, {}, "train.ema_lengths", length=length)
-  if not 0 <= settings.ema_decay < 1:
-    raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
-  return settings
-
-
-def _check_length(path: str, length: float | None) -> None:
-  if length is not None:
-    _construct(ema.exponent, {}, f"{path}.ema_length", length=length)
-
-
-def sample_settings(config: Config) -> SampleSettings:
-  """The section `sample`, its numbers in range."""
-  settings = component("sample", config["sample"])
-  _at_least("sample", settings, 1, "num", "batch_size", "trajectories")
-  _check_seed("sample.seed", settings.seed)
-  _check_length("sample", settings.ema_length)
-  return settings
-
-
-def _settings_fields(section: Mapping[str, Any]) -> set[str]:
-  return {field.name for field in dataclasses.fields(LikelihoodSettings)} & section.keys()
-
-
-def likelihood_settings(config: Config) -> LikelihoodSettings:
-  """What the section `likelihood` says of the data; the rest of it are the options of the log-density.
-
-  Flows have no variational bound.
-  """
-  section = config["likelihood"]
-  schema.check_section("likelihood", section)
-  settings = LikelihoodSettings(**{name: section[name] for name in _settings_fields(section)})
-  if is_flow(config):
-    settings = dataclasses.replace(settings, bound_draws=0)
-  _at_least("likelihood", settings, 1, "batch_size", "draws")
-  _at_least("likelihood", settings, 0, "bound_draws")
-  _check_seed("likelihood.seed", settings.seed)
-  _check_length("likelihood", settings.ema_length)
-  trace = section.get("divergence", {"type": "exact"})["type"]
-  if settings.importance and trace != "exact":
-    raise ConfigError(
-      f"config.likelihood.importance needs the exact trace, got {trace}: the mean of exp(log p) over noisy estimates "
-      "is too large and bounds nothing. Take --probes=exact, or leave importance out"
-    )
-  if settings.limit < 0:
-    raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
-  _check_split(config, "likelihood", settings.split)
-  return settings
-
-
-def precision(config: Config) -> contextlib.AbstractContextManager[Any]:
-  """Within this context arrays are made in float64 if the likelihood is to be evaluated so."""
-  return jax.enable_x64(True) if likelihood_settings(config).dtype == "float64" else contextlib.nullcontext()
-
-
-def in_precision(config: Config, params: Any) -> tuple[Config, Any]:
-  """A config whose network computes in float64, and the parameters in float64, if the likelihood is to be so.
-
-  Only within `precision` are they kept so.
-  """
-  if likelihood_settings(config).dtype == "float32":
-    return config, params
-  wide = lambda leaf: np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-  return config | {"network": config["network"] | {"dtype": "float64"}}, jax.tree.map(wide, params)
+  return schema.component("optimizer", section, total_steps=steps)
 
 
 def likelihood_facts(config: Config, dimension: int) -> Config:
@@ -313,23 +194,6 @@ def likelihood_facts(config: Config, dimension: int) -> Config:
   return schema.resolved("likelihood", section) | resolved
 
 
-def _check_split(config: Config, path: str, split: str) -> None:
-  if config["data"].get("type") != "tfds":
-    _construct(check_choice, {"value": split, "choices": SPLITS}, path, argument="split")
-
-
-def evaluate_settings(config: Config) -> EvaluateSettings:
-  """The section `evaluate`, which a config may leave out, its numbers in range."""
-  settings = component("evaluate", config.get("evaluate", {}))
-  _at_least("evaluate", settings, 1, "batch_size", "manifold_k", "coverage_k")
-  _at_least("evaluate", settings, 1 + max(settings.manifold_k, settings.coverage_k), "num")
-  _at_least("evaluate", settings, 0, "reference")
-  _check_seed("evaluate.seed", settings.seed)
-  _check_length("evaluate", settings.ema_length)
-  _check_split(config, "evaluate", settings.split)
-  return settings
-
-
 def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -> likelihood.LogDensity:
   """The log-density of a process or a flow; in float64 it takes x so, as what dequantizes them need not be.
 
@@ -338,14 +202,15 @@ def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -
   section = config["likelihood"]
   schema.check_section("likelihood", section)
   trace = _make_trace(section["divergence"], seen) if "divergence" in section else None
-  fields = {name: value for name, value in section.items() if name not in {"divergence", *_settings_fields(section)}}
-  if is_flow(config):
+  taken = {"divergence", *options.likelihood_fields(section)}
+  fields = {name: value for name, value in section.items() if name not in taken}
+  if options.is_flow(config):
     if foreign := sorted(fields.keys() - inspect.signature(flow.cnf).parameters.keys()):
       raise ConfigError(f"config.likelihood.{foreign[0]} is of processes with noise; leave it out for a CNF")
-    made = _construct(flow.cnf, fields, "likelihood", t1=process.t1, divergence=trace).log_prob
+    made = schema.construct(flow.cnf, fields, "likelihood", t1=process.t1, divergence=trace).log_prob
   else:
-    made = _construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
-  if likelihood_settings(config).dtype == "float32":
+    made = schema.construct(likelihood.log_prob, fields, "likelihood", sde=process, divergence=trace)
+  if options.likelihood(config).dtype == "float32":
     return made
   return dataclasses.replace(made, evaluate=lambda key, x, *rest: made.evaluate(key, x.astype(jnp.float64), *rest))
 
@@ -353,11 +218,11 @@ def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -
 def _make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergence:
   (constructor,) = schema.constructors("likelihood.divergence", section)
   takes = inspect.signature(constructor).parameters
-  return component("likelihood.divergence", section, **({"seen": seen} if "seen" in takes else {}))
+  return schema.component("likelihood.divergence", section, **({"seen": seen} if "seen" in takes else {}))
 
 
-def make_sampler(config: Config, process: Any, **options: Any) -> Callable[..., Any]:
-  """The sampler, on its time grid if it has one; `options` are arguments that the config does not have."""
+def make_sampler(config: Config, process: Any, **more: Any) -> Callable[..., Any]:
+  """The sampler, on its time grid if it has one; `more` are arguments that the config does not have."""
   section = config["sampler"]
   (constructor,) = schema.constructors("sampler", section)
   if section.get("variance") == "learned" and getattr(make_network(config), "parts", 1) != 2:
@@ -371,8 +236,8 @@ def make_sampler(config: Config, process: Any, **options: Any) -> Callable[..., 
     forward = make_forward(config)
     given["forward"] = forward if hasattr(forward, "sde") else process
   if "grid" in schema.subsections("sampler", section):
-    given["ts"] = component("sampler.grid", section.get("grid", {}), sde=process)
-  return component("sampler", section, **given, **options)
+    given["ts"] = schema.component("sampler.grid", section.get("grid", {}), sde=process)
+  return schema.component("sampler", section, **given, **more)
 
 
 def has_path(config: Config) -> bool:
@@ -393,7 +258,7 @@ def make_apply(config: Config) -> Callable[..., jax.Array]:
 def make_score(config: Config) -> Callable[[Any], Any]:
   """From the parameters of the run to the score that the network is with them, or to the vector field of a flow."""
   module, prediction = make_network(config), make_prediction(config)
-  if is_flow(config):
+  if options.is_flow(config):
     return lambda params: prediction(module.apply, params)
   learned_variance = getattr(module, "parts", 1) == 2
   apply: Callable[..., Any] = module.apply if learned_variance else make_apply(config)
@@ -408,12 +273,12 @@ def make_score(config: Config) -> Callable[[Any], Any]:
 
 def check_components(config: Config) -> None:
   """Build everything that needs no data and no loss."""
-  _check_seed("seed", config["seed"])
+  options.check_seed("seed", config["seed"])
   _check_flow(config)
   process = make_process(config)
-  settings = (train_settings, sample_settings, likelihood_settings, evaluate_settings)
+  settings = (options.train, options.sample, options.likelihood, options.evaluate)
   for build in (make_network, make_optimizer_of, *settings):
     build(config)
   make_sampler(config, process)
-  with precision(config):
+  with options.precision(config):
     make_log_prob(config, make_process(config))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import components, factory, flow, keys, likelihood, losses, schema
+from jaxdiff import components, factory, flow, keys, likelihood, losses, options, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.schema import Config, ConfigError
@@ -51,7 +51,7 @@ def make_loss(config: Config, source: Source | None = None, params: Any = None) 
     raise ConfigError(f"config.network.parts must be {parts} for config.loss.type = {kind!r}: set it, with a UNet")
   given: dict[str, Any] = {"prediction": factory.make_prediction(config), "levels": _levels(config, source)}
   if "divergence" in _takes(config):
-    given["divergence"] = factory.component("loss.divergence", section.get("divergence", {"type": "hutchinson"}))
+    given["divergence"] = schema.component("loss.divergence", section.get("divergence", {"type": "hutchinson"}))
     given["t1"] = factory.make_process(config).t1
   if "gamma" in _takes(config):
     given["gamma"] = factory.make_process(config, params).gamma
@@ -61,11 +61,11 @@ def make_loss(config: Config, source: Source | None = None, params: Any = None) 
     given["sde"] = factory.make_process(config)
   stratified = section.get("stratified", True)
   if "time" in _takes(config):
-    given["weight"] = factory.component("loss.weight", section.get("weight", {"type": "noise"}))
-    given["time"] = factory.component("loss.time", section.get("time", _default_time(config)))
+    given["weight"] = schema.component("loss.weight", section.get("weight", {"type": "noise"}))
+    given["time"] = schema.component("loss.time", section.get("time", _default_time(config)))
     stratified = given["time"].stratified
   given = {name: value for name, value in given.items() if name in _takes(config)}
-  return factory.component("loss", section, **given), stratified
+  return schema.component("loss", section, **given), stratified
 
 
 def _default_time(config: Config) -> dict[str, str]:
@@ -78,7 +78,7 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
   Without `training` no image is mirrored and no activation dropped.
   """
   fixed, stratified = make_loss(config, source)
-  module, settings = factory.make_network(config), factory.train_settings(config)
+  module, settings = factory.make_network(config), options.train(config)
   dequantized = source.levels if _levels(config, source) is None else None
   if settings.random_flip and len(source.shape) != 3:
     raise ConfigError(f"config.train.random_flip mirrors images [h, w, c]; the data have shape {source.shape}")
@@ -109,7 +109,7 @@ def _with_dropout(network: Callable[..., jax.Array], key: jax.Array) -> Callable
 
 def dequantization(config: Config, source: Source) -> str | None:
   """How the integers of a source become continuous in the likelihood; None for data that are so."""
-  settings = factory.likelihood_settings(config)
+  settings = options.likelihood(config)
   if source.levels is not None:
     if settings.dequantization != "auto":
       return settings.dequantization
@@ -150,7 +150,7 @@ def choose_trace(config: Config, params: Any, source: Source, held_out: Source) 
   rtol = atol = _PILOT_TOLERANCE
   among = likelihood.candidates(seen)
   of = lambda divergence: likelihood.log_prob(process, divergence, rtol, atol)
-  if factory.is_flow(config):
+  if options.is_flow(config):
     of = lambda divergence: flow.cnf(divergence=divergence, t1=process.t1, rtol=rtol, atol=atol).log_prob
     among = {name: made for name, made in among.items() if "control" not in name}
   key = jax.random.key(config["likelihood"].get("seed", 0))
@@ -189,7 +189,7 @@ def make_log_likelihood(config: Config, params: Any, source: Source, seen: jax.A
 
 def _make_bits(config: Config, log_prob: likelihood.LogDensity, levels: Any, kind: str) -> Callable[..., Any]:
   """Bits per dimension under a dequantization."""
-  settings, makers = factory.likelihood_settings(config), likelihood.dequantization
+  settings, makers = options.likelihood(config), likelihood.dequantization
   try:
     if kind == "uniform":
       dequantize = makers.uniform()
@@ -235,7 +235,7 @@ def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evalu
   levels, process, t0 = source.levels, factory.make_process(config, params), config["likelihood"].get("t0")
   bound = losses.bound(process, factory.make_prediction(config), _levels(config, source), t0=t0)
   average, apply = losses.averaged(bound, draws), factory.make_apply(config)
-  dtype = factory.likelihood_settings(config).dtype
+  dtype = options.likelihood(config).dtype
 
   def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
     data_key, bound_key = keys.split(keys.fold_in(key, 0))  # as the first draw of bits_per_dim

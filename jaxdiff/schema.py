@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -234,6 +234,23 @@ def check_section(path: str, section: Any) -> None:
   for name in subsections(path, section):
     if name in section:
       check_section(f"{path}.{name}", section[name])
+
+
+def construct(constructor: Callable[..., Any], fields: Mapping[str, Any], path: str, /, **given: Any) -> Any:
+  """`constructor(**given, **fields)`, with errors that name the path in the config."""
+  try:
+    return constructor(**given, **fields)
+  except (ValueError, TypeError, OSError) as error:
+    raise ConfigError(f"config.{path}: {error}") from error
+
+
+def component(path: str, section: Any, /, **given: Any) -> Any:
+  """What a section makes, given what its own sections have made."""
+  check_section(path, section)
+  (constructor,) = constructors(path, section)
+  known = parameters(path, section)
+  fields = {name: cast(section[name], known[name].annotation) for name in section.keys() & known.keys()}
+  return construct(constructor, fields, path, **given)
 
 
 def check_sections(config: Config) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives, schema
+from jaxdiff import components, factory, objectives, options, schema
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
@@ -166,8 +166,8 @@ def test_missing_sections_are_named(toy):
 
 def test_a_config_may_leave_out_how_to_evaluate(toy):
   assert "evaluate" not in toy
-  assert factory.evaluate_settings(toy) == schema.EvaluateSettings()
-  assert factory.evaluate_settings(changed(toy, "evaluate", {"num": 7})).num == 7
+  assert options.evaluate(toy) == schema.EvaluateSettings()
+  assert options.evaluate(changed(toy, "evaluate", {"num": 7})).num == 7
 
 
 def test_network_that_does_not_fit_the_data_is_refused(toy, untyped):
@@ -242,9 +242,9 @@ LOSSES = {
 
 
 def with_loss(toy, kind):
-  process, options = LOSSES[kind]
+  process, fields = LOSSES[kind]
   config = changed(toy, "sde", {"type": process})
-  config["loss"] = {"type": kind, **options}
+  config["loss"] = {"type": kind, **fields}
   config["prediction"] = {"type": "noise", "log_snr_time": True}
   if process == "CNF":
     config |= {"prediction": {"type": "vector_field"}, "sampler": {"type": "cnf"}}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives, training
+from jaxdiff import components, factory, objectives, options, training
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.evaluation import runs
 from jaxdiff.factory import ConfigError
@@ -50,8 +50,8 @@ def field_of(params):
 def test_the_loss_is_that_of_the_library(params):
   """Its time, probes, solver and weights are those of the sections."""
   keys = jd.example_keys(KEY, 0, 16)
-  options = {"solver": "heun", "num_steps": 2, "kinetic": 0.1, "jacobian": 0.2}
-  loss = jd.losses.ffjord(divergence=jd.divergence.hutchinson(), t1=0.5, **options)
+  fields = {"solver": "heun", "num_steps": 2, "kinetic": 0.1, "jacobian": 0.2}
+  loss = jd.losses.ffjord(divergence=jd.divergence.hutchinson(), t1=0.5, **fields)
   x = jnp.asarray(POINTS.gather(np.arange(16))["x"])
   objective = objectives.make_objective(CONFIG, POINTS)
   value, aux = jax.jit(lambda p: objective(p, keys, {"x": x, "u": jnp.zeros(16)}))(params)
@@ -109,7 +109,7 @@ def test_noise_of_a_process_is_refused_for_a_flow():
 
 
 def test_a_flow_has_no_variational_bound():
-  assert factory.likelihood_settings(CONFIG).bound_draws == 0
+  assert options.likelihood(CONFIG).bound_draws == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from jaxdiff import arguments, cli, factory, keys, objectives, rundir
+from jaxdiff import arguments, cli, factory, keys, objectives, options, rundir
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.evaluation import chunks, comparison, densities, runs
 
@@ -214,8 +214,8 @@ def test_in_float64_all_of_the_network_and_the_process_is_float64(kind):
 
   def program(dtype):
     chosen = config | {"likelihood": config["likelihood"] | {"dtype": dtype}}
-    with factory.precision(chosen):
-      chosen, wide = factory.in_precision(chosen, params)
+    with options.precision(chosen):
+      chosen, wide = options.in_precision(chosen, params)
       one_batch = objectives.make_log_likelihood(chosen, wide, source)
       return jax.make_jaxpr(one_batch)(wide, keys.example_keys(jax.random.key(0), 0, 2), source.gather([0, 1])["x"])
 

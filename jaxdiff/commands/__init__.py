@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, parallel, rundir, samplers, status
+from jaxdiff import factory, options, parallel, rundir, samplers, status
 from jaxdiff.commands import console
 from jaxdiff.commands.likelihoods import likelihood as likelihood
 from jaxdiff.commands.training import train as train
@@ -27,7 +27,7 @@ _SHOWN = 10, 7  # samples in neighbours.png, and training images beside each
 
 def sample(config: Config, workdir: Path) -> None:
   """Draw samples of the trained model, on the devices of all processes; the first process writes them."""
-  settings, mesh = factory.sample_settings(config), parallel.make_mesh(jax.devices())
+  settings, mesh = options.sample(config), parallel.make_mesh(jax.devices())
   console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
   process = factory.make_process(config, params)
@@ -88,7 +88,7 @@ def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: Samp
 
 def evaluate(config: Config, workdir: Path) -> None:
   """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
-  settings, mesh = factory.evaluate_settings(config), parallel.make_mesh()
+  settings, mesh = options.evaluate(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
   held_out = factory.make_source(config, settings.split)

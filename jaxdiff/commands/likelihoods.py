@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, objectives, parallel, rundir, status
+from jaxdiff import factory, objectives, options, parallel, rundir, status
 from jaxdiff.commands import console
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import baselines, chunks, densities, pictures, runs
@@ -37,7 +37,7 @@ class _Model(NamedTuple):
 
 def likelihood(config: Config, workdir: Path) -> None:
   """Evaluate the trained model on held-out data, and on other data if the config names some."""
-  settings, mesh = factory.likelihood_settings(config), parallel.make_mesh()
+  settings, mesh = options.likelihood(config), parallel.make_mesh()
   console.check_batch("likelihood.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
   held_out = factory.make_source(config, settings.split)
@@ -45,13 +45,13 @@ def likelihood(config: Config, workdir: Path) -> None:
   console.say(f"evaluating step {step} on {settings.split}")
   for name in (*_files("likelihood"), *_files("likelihood_other")) if console.first_process() else ():
     (workdir / name).unlink(missing_ok=True)  # those of an evaluation that this one replaces
-  with factory.precision(config):
+  with options.precision(config):
     if config["likelihood"].get("divergence", {}).get("basis") == "auto":
       console.say("measuring the trace estimators on a batch")
     config, spreads = objectives.choose_trace(config, params, source, held_out)
     _say_pilot(config, spreads)
     seen = objectives.seen_states(config, source)
-    model = _Model(config, *factory.in_precision(config, params), step, mesh, workdir / "likelihood", seen)
+    model = _Model(config, *options.in_precision(config, params), step, mesh, workdir / "likelihood", seen)
     values, report = _evaluate(model, held_out, "likelihood")
     report |= {"pilot": spreads} if spreads else {}
     bound = _bound(model, held_out) if settings.bound_draws else {}
@@ -111,7 +111,7 @@ def _evaluate(model: _Model, source: Source, name: str) -> tuple[dict[str, np.nd
 
 def _bound(model: _Model, source: Source) -> dict[str, np.ndarray]:
   """The variational bound on the same examples."""
-  settings = factory.likelihood_settings(model.config)
+  settings = options.likelihood(model.config)
   one_batch = objectives.make_bound(model.config, model.params, source, settings.bound_draws)
   facts = {"draws": settings.bound_draws, "t0": model.config["likelihood"].get("t0"), "dtype": settings.dtype}
   values = _in_chunks(model, source, one_batch, "bound", facts | {"seed": settings.seed, "loss": model.config["loss"]})
@@ -119,7 +119,7 @@ def _bound(model: _Model, source: Source) -> dict[str, np.ndarray]:
 
 
 def _in_chunks(model: _Model, source: Source, one_batch: Any, name: str, facts: Config) -> dict[str, np.ndarray]:
-  settings = factory.likelihood_settings(model.config)
+  settings = options.likelihood(model.config)
   count = min(len(source), settings.limit or len(source))
   size = console.batch_size(settings.batch_size, count, model.mesh.size)
   sections = {section: model.trained[section] for section in ("sde", "prediction", "network")}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxdiff import factory, keys, objectives, parallel, rundir, training
+from jaxdiff import factory, keys, objectives, options, parallel, rundir, training
 from jaxdiff.commands import console
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
@@ -26,7 +26,7 @@ _BOUND_DRAWS = 4  # of the variational bound in a validation
 
 def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> None:
   """Train from the newest checkpoint in the workdir, or from the start; `profile` traces the steps between its two."""
-  settings = factory.train_settings(config)
+  settings = options.train(config)
   launcher = _launcher(settings)
   console.check_batch("train.batch_size", settings.batch_size, launcher.mesh.size, settings.microbatches)
   source = console.together(lambda: factory.make_source(config, "train"))
@@ -83,7 +83,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
 
 def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
   """What is run wherever that is: the state before the first step, and the train step."""
-  settings, key = factory.train_settings(config), jax.random.fold_in(jax.random.key(config["seed"]), 1)
+  settings, key = options.train(config), jax.random.fold_in(jax.random.key(config["seed"]), 1)
   objective, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
   lengths, parts = settings.ema_lengths, settings.microbatches
 
@@ -100,7 +100,7 @@ def _flops(config: Config, source: Source, state: TrainState) -> float | None:
   """Those of one step of the model: in one part, and without what rematerialization computes again."""
   plain = {name: value for name, value in config["network"].items() if name != "remat"}
   config = config | {"network": plain, "train": {**config["train"], "microbatches": 1}}
-  batch_size = factory.train_settings(config).batch_size
+  batch_size = options.train(config).batch_size
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), source.gather([0]))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
   return cost.step_flops(_program(config, source)[1], shapes, batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
@@ -146,7 +146,7 @@ def _hooks(
   profile: tuple[int, int] | None,
   stack: contextlib.ExitStack,
 ) -> Iterator[training.Hook]:
-  settings = factory.train_settings(config)
+  settings = options.train(config)
   if settings.ema_lengths:
     stored = stack.enter_context(Snapshots(workdir / "snapshots", settings.ema_lengths))
     yield hooks.every(settings.snapshot_every, lambda step, state: stored.save(state), settings.steps)
@@ -167,7 +167,7 @@ def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWrit
 
   The noise is the same each time, so that the numbers can be compared.
   """
-  settings, split = factory.train_settings(config), factory.likelihood_settings(config).split
+  settings, split = options.train(config), options.likelihood(config).split
   config = config | {"likelihood": {**config["likelihood"], "dtype": "float32"}}
   held_out = factory.make_source(config, split)
   count = min(settings.validate_examples, len(held_out))
@@ -178,7 +178,7 @@ def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWrit
     loss_key, time_key, bound_key = keys.split(key, 3)
     loss, aux = objective(params, loss_key, {"x": x, "u": keys.uniform(time_key, (len(x),))})
     values = {"validation_loss": loss, "validation_loss_per_dim": aux["loss_per_dim"]}
-    if not factory.is_flow(config):
+    if not options.is_flow(config):
       bound = objectives.make_bound(config, params, held_out, _BOUND_DRAWS)
       values["validation_bound"] = bound(params, bound_key, x)["bound"]
     return values
@@ -197,14 +197,14 @@ def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWrit
 def _check_sampling(config: Config, source: Source, launcher: parallel.Launcher) -> None:
   if not console.can_be_shown(source):
     raise ConfigError(f"config.train.sample_every shows images or points in the plane; the data are {source.shape}")
-  console.check_batch("sample.batch_size", factory.sample_settings(config).batch_size, launcher.mesh.size)
+  console.check_batch("sample.batch_size", options.sample(config).batch_size, launcher.mesh.size)
 
 
 def _sampling(
   config: Config, source: Source, launcher: parallel.Launcher, writer: MetricsWriter, folder: Path
 ) -> training.Hook:
   """Draws samples of the average into a picture a step, and shows it."""
-  settings, mesh = factory.sample_settings(config), launcher.mesh
+  settings, mesh = options.sample(config), launcher.mesh
 
   def make(params: Any) -> Callable[..., Any]:
     process = factory.make_process(config, params)

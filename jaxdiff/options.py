@@ -1,0 +1,135 @@
+"""The settings of each step of the work, from the sections of a config that make no component: their numbers in range.
+
+`train(config)`, `sample(config)`, `likelihood(config)` and `evaluate(config)`; and what other settings depend on.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff import schema
+from jaxdiff.data.examples import SPLITS, check_choice
+from jaxdiff.schema import Config, ConfigError, EvaluateSettings, LikelihoodSettings, SampleSettings, TrainSettings
+from jaxdiff.training import ema
+
+
+def is_flow(config: Config) -> bool:
+  """Whether the run is of a normalizing flow: its network is a vector field, and there are no scores and no noise."""
+  return config["sde"]["type"] == "CNF"
+
+
+def _at_least(path: str, settings: Any, least: int, *names: str) -> None:
+  for name in names:
+    if (value := getattr(settings, name)) < least:
+      raise ConfigError(f"config.{path}.{name} must be at least {least}, got {value}")
+
+
+def check_seed(path: str, seed: Any) -> None:
+  if not 0 <= seed < 2**32:
+    raise ConfigError(f"config.{path} must be an integer from 0 to 2**32 - 1, got {seed!r}")
+
+
+def train(config: Config) -> TrainSettings:
+  """The section `train`, its numbers in range."""
+  settings = schema.component("train", config["train"])
+  _at_least("train", settings, 1, "batch_size", "steps", "log_every", "checkpoint_every", "keep", "snapshot_every")
+  _at_least("train", settings, 1, "fsdp", "microbatches", "steps_per_dispatch", "max_skipped", "validate_examples")
+  _at_least("train", settings, 0, "sample_every", "validate_every")
+  if settings.keep_every is not None:
+    _at_least("train", settings, 1, "keep_every")
+  if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
+    raise ConfigError(f"config.train.wandb = {settings.wandb!r} needs the package wandb: pip install wandb")
+  for name in ("steps", "log_every", "checkpoint_every"):
+    if (value := getattr(settings, name)) % settings.steps_per_dispatch:
+      raise ConfigError(
+        f"config.train.steps_per_dispatch = {settings.steps_per_dispatch} must divide config.train.{name} = {value}"
+      )
+  for length in settings.ema_lengths:
+    schema.construct(ema.exponent, {}, "train.ema_lengths", length=length)
+  if not 0 <= settings.ema_decay < 1:
+    raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
+  return settings
+
+
+def _check_length(path: str, length: float | None) -> None:
+  if length is not None:
+    schema.construct(ema.exponent, {}, f"{path}.ema_length", length=length)
+
+
+def sample(config: Config) -> SampleSettings:
+  """The section `sample`, its numbers in range."""
+  settings = schema.component("sample", config["sample"])
+  _at_least("sample", settings, 1, "num", "batch_size", "trajectories")
+  check_seed("sample.seed", settings.seed)
+  _check_length("sample", settings.ema_length)
+  return settings
+
+
+def likelihood_fields(section: Mapping[str, Any]) -> set[str]:
+  """The fields of the section `likelihood` that are `LikelihoodSettings`."""
+  return {field.name for field in dataclasses.fields(LikelihoodSettings)} & section.keys()
+
+
+def likelihood(config: Config) -> LikelihoodSettings:
+  """What the section `likelihood` says of the data; the rest of it are the options of the log-density.
+
+  Flows have no variational bound.
+  """
+  section = config["likelihood"]
+  schema.check_section("likelihood", section)
+  settings = LikelihoodSettings(**{name: section[name] for name in likelihood_fields(section)})
+  if is_flow(config):
+    settings = dataclasses.replace(settings, bound_draws=0)
+  _at_least("likelihood", settings, 1, "batch_size", "draws")
+  _at_least("likelihood", settings, 0, "bound_draws")
+  check_seed("likelihood.seed", settings.seed)
+  _check_length("likelihood", settings.ema_length)
+  trace = section.get("divergence", {"type": "exact"})["type"]
+  if settings.importance and trace != "exact":
+    raise ConfigError(
+      f"config.likelihood.importance needs the exact trace, got {trace}: the mean of exp(log p) over noisy estimates "
+      "is too large and bounds nothing. Take --probes=exact, or leave importance out"
+    )
+  if settings.limit < 0:
+    raise ConfigError(f"config.likelihood.limit must be at least 1, or 0 for all; got {settings.limit}")
+  _check_split(config, "likelihood", settings.split)
+  return settings
+
+
+def precision(config: Config) -> contextlib.AbstractContextManager[Any]:
+  """Within this context arrays are made in float64 if the likelihood is to be evaluated so."""
+  return jax.enable_x64(True) if likelihood(config).dtype == "float64" else contextlib.nullcontext()
+
+
+def in_precision(config: Config, params: Any) -> tuple[Config, Any]:
+  """A config whose network computes in float64, and the parameters in float64, if the likelihood is to be so.
+
+  Only within `precision` are they kept so.
+  """
+  if likelihood(config).dtype == "float32":
+    return config, params
+  wide = lambda leaf: np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+  return config | {"network": config["network"] | {"dtype": "float64"}}, jax.tree.map(wide, params)
+
+
+def _check_split(config: Config, path: str, split: str) -> None:
+  if config["data"].get("type") != "tfds":
+    schema.construct(check_choice, {"value": split, "choices": SPLITS}, path, argument="split")
+
+
+def evaluate(config: Config) -> EvaluateSettings:
+  """The section `evaluate`, which a config may leave out, its numbers in range."""
+  settings = schema.component("evaluate", config.get("evaluate", {}))
+  _at_least("evaluate", settings, 1, "batch_size", "manifold_k", "coverage_k")
+  _at_least("evaluate", settings, 1 + max(settings.manifold_k, settings.coverage_k), "num")
+  _at_least("evaluate", settings, 0, "reference")
+  check_seed("evaluate.seed", settings.seed)
+  _check_length("evaluate", settings.ema_length)
+  _check_split(config, "evaluate", settings.split)
+  return settings
