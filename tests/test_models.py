@@ -7,7 +7,8 @@ import pytest
 import scipy.special
 
 from jaxdiff.models import MLP, UNet
-from jaxdiff.models.layers import SelfAttention, fourier_features, sinusoidal_embedding
+from jaxdiff.models.attention import SelfAttention
+from jaxdiff.models.layers import fourier_features, sinusoidal_embedding
 
 NETS = {
   "unet": (UNet(channels=4, blocks=1, groups=2), (4, 4, 1)),

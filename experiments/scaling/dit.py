@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.models.layers import ZERO, TimeEmbedding, attention
+from jaxdiff.models.attention import attention
+from jaxdiff.models.layers import ZERO, TimeEmbedding
 
 
 def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdiff.models.layers import attention, check_divisible, upsample
+from jaxdiff.models.attention import attention
+from jaxdiff.models.layers import check_divisible
+from jaxdiff.models.resampling import nearest
 
 _LOG_VARIANCES = (-30.0, 20.0)  # of the unscaled latents, as in the published models
 _EPSILON = 1e-6  # of the group norms
@@ -111,7 +113,7 @@ class _Decoder(nn.Module):
       for block in range(self.blocks + 1):
         h = _Residual(features, self.groups, self.types, name=f"level_{level}_block_{block}")(h)
       if level > 0:
-        h = nn.Conv(features, (3, 3), name=f"up_{level}", **self.types)(upsample(h))
+        h = nn.Conv(features, (3, 3), name=f"up_{level}", **self.types)(nearest(h))
     h = nn.silu(nn.GroupNorm(self.groups, epsilon=_EPSILON, name="norm", **self.types)(h))
     return nn.Conv(self.outputs, (3, 3), name="output", **self.types)(h)
 

@@ -1,10 +1,9 @@
-"""Layers shared by the networks: time embedding, residual block, self-attention, resampling.
+"""What the networks share: checks of their arguments, the embedding of the time, Fourier features of the input."""
 
-Feature maps are [b, h, w, c]. Parameters are float32; `dtype` is the type of the computation. Layers that a norm or a
-softmax follows have no bias: it would cancel, and Adam would turn the rounding of its zero gradient into steps.
-"""
-
+import functools
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -22,6 +21,13 @@ def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> N
     raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}: use {name}={nearest}, for example")
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  """Raises a ValueError that lists the choices if `value` is none of them."""
+  if value not in choices:
+    *most, last = map(repr, choices)
+    raise ValueError(f"{name}={value!r}: must be {', '.join(most)} or {last}")
+
+
 def check_input(x: Array, t: Array, rank: int, layout: str) -> None:
   """Raises a TypeError if `x` is not of floats, a ValueError for a wrong shape of `x` or `t`."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -30,6 +36,11 @@ def check_input(x: Array, t: Array, rank: int, layout: str) -> None:
     raise ValueError(f"x has shape {x.shape}: pass {layout}, with a leading batch axis")
   if t.shape != x.shape[:1]:
     raise ValueError(f"t has shape {t.shape}: pass one time per example, shape {x.shape[:1]}")
+
+
+def rescaled(x: Array, rescale: bool) -> Array:
+  """A sum of two, over sqrt 2 if `rescale`: of the variance of its terms (Song et al. 2021, Appendix H)."""
+  return x * math.sqrt(0.5) if rescale else x
 
 
 def sinusoidal_embedding(
@@ -88,97 +99,43 @@ def fourier_features(x: Float[Array, "... c"], levels: int) -> Float[Array, "...
 
 
 class TimeEmbedding(nn.Module):
-  """Sinusoidal embedding of the time, then a two-layer perceptron.
+  """Waves of the time, then a two-layer perceptron.
+
+  Parameters: Dense_0, Dense_1 (kernel, bias) and, with "fourier", frequencies [inputs / 2], which are drawn once and
+  not trained: their gradient is zero.
 
   Attributes:
-    features: size of the output; the sinusoids take `features` // 4 of them, rounded up to an even number of 4 or more.
+    features: size of the output.
     max_frequency: see `sinusoidal_embedding`, radians per unit of time.
     dtype: type of the computation.
+    min_frequency: see `sinusoidal_embedding`.
+    inputs: how many cosines and sines, an even number of 4 or more; 0 for a quarter of `features`, rounded up to one.
+    kind: "sinusoidal"; "fourier": cos(2 pi f t), sin(2 pi f t) at random frequencies f ~ N(0, fourier_scale^2) (Tancik
+      et al. 2020, Fourier Features Let Networks Learn High Frequency Functions).
+    fourier_scale: cycles per unit of time.
+    param_dtype: type of the parameters; frequencies are float32.
   """
 
   features: int
   max_frequency: float = 1000.0
   dtype: DTypeLike = jnp.float32
+  min_frequency: float = 0.1
+  inputs: int = 0
+  kind: Literal["sinusoidal", "fourier"] = "sinusoidal"
+  fourier_scale: float = 16.0
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b features"]:
-    h = sinusoidal_embedding(t, max(4, 2 * math.ceil(self.features / 8)), self.max_frequency)
-    h = nn.silu(nn.Dense(self.features, dtype=self.dtype)(h.astype(self.dtype)))
-    return nn.Dense(self.features, dtype=self.dtype)(h)
-
-
-class ResidualBlock(nn.Module):
-  """Norm, SiLU and convolution, twice, around a shortcut; zero at initialization but for the shortcut.
-
-  The time embedding scales and shifts the second norm.
-
-  Attributes:
-    features: channels of the output; an input with another number is projected for the shortcut.
-    groups: of the group norms; must divide the channels of the input and `features`.
-    dropout: probability of dropping an activation before the last convolution.
-    dtype: type of the computation.
-  """
-
-  features: int
-  groups: int = 8
-  dropout: float = 0.0
-  dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], deterministic: bool = True
-  ) -> Float[Array, "b h w features"]:
-    h = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype)(x))
-    h = nn.Conv(self.features, (3, 3), dtype=self.dtype, use_bias=False)(h)
-    scale, shift = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype)(nn.silu(embedding)), 2, axis=-1)
-    h = nn.GroupNorm(self.groups, dtype=self.dtype, use_bias=False, use_scale=False)(h)
-    h = nn.silu(h * (1 + scale[:, None, None, :]) + shift[:, None, None, :])
-    h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-    h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)
-    if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
-    return x + h
-
-
-def attention(
-  query: Float[Array, "b n h c"], key: Float[Array, "b n h c"], value: Float[Array, "b n h c"]
-) -> Float[Array, "b n h c"]:
-  """softmax(q k / sqrt c) v of every head, the softmax in float32 or wider (`jax.nn` has it in float32 always)."""
-  wide = jnp.promote_types(query.dtype, jnp.float32)
-  logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide)
-  weights = jax.nn.softmax(logits * (1 / math.sqrt(query.shape[-1])), axis=-1)
-  return jnp.einsum("bhqk,bkhc->bqhc", weights.astype(key.dtype), value)
-
-
-class SelfAttention(nn.Module):
-  """Multi-head attention between all positions, with a residual connection that starts at zero.
-
-  Attributes:
-    heads: number of heads; must divide the channels.
-    groups: of the group norm; must divide the channels.
-    dtype: type of the computation.
-  """
-
-  heads: int = 1
-  groups: int = 8
-  dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    b, h, w, c = x.shape
-    y = nn.GroupNorm(self.groups, dtype=self.dtype)(x).reshape(b, h * w, c)
-    qkv = nn.Dense(3 * c, dtype=self.dtype, use_bias=False, name="query_key_value")(y)
-    query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
-    y = attention(query, key, value).reshape(b, h, w, c)
-    return x + nn.Dense(c, dtype=self.dtype, kernel_init=ZERO, name="output")(y)
-
-
-def downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b _ _ c"]:
-  """Halves height and width: the mean of each square of 2x2 pixels."""
-  b, h, w, c = x.shape
-  return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
-
-
-def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-  """Doubles height and width: every pixel is repeated."""
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    inputs = self.inputs or max(4, 2 * math.ceil(self.features / 8))
+    if self.kind == "fourier":
+      check_divisible("features of the time embedding", inputs, "2", 2)
+      frequencies = self.param("frequencies", nn.initializers.normal(self.fourier_scale), (inputs // 2,))
+      dtype = jnp.promote_types(t.dtype, jnp.float32)
+      phase = 2 * math.pi * t.astype(dtype)[:, None] * jax.lax.stop_gradient(frequencies).astype(dtype)[None, :]
+      h = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+    else:
+      h = sinusoidal_embedding(t, inputs, self.max_frequency, self.min_frequency)
+    dense = functools.partial(nn.Dense, self.features, dtype=self.dtype, param_dtype=self.param_dtype)
+    h = nn.silu(dense()(h.astype(self.dtype)))
+    return dense()(h)
