@@ -8,5 +8,6 @@ from jaxdiff.models import conditioning as conditioning
 from jaxdiff.models.autoencoder import AutoencoderKL as AutoencoderKL
 from jaxdiff.models import presets as presets
 from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
+from jaxdiff.models.dit import DiT as DiT
 from jaxdiff.models.mlp import MLP as MLP
 from jaxdiff.models.unet import UNet as UNet
