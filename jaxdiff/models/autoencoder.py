@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdiff.models.attention import attention
+from jaxdiff.models.attention import SelfAttention
 from jaxdiff.models.layers import check_divisible
 from jaxdiff.models.resampling import nearest
 
@@ -43,23 +43,6 @@ class _Residual(nn.Module):
     return x + h
 
 
-class _Attention(nn.Module):
-  """Attention of one head between all positions, around a shortcut."""
-
-  groups: int
-  types: dict[str, Any]
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    b, h, w, c = x.shape
-    y = nn.GroupNorm(self.groups, epsilon=_EPSILON, name="norm", **self.types)(x).reshape(b, h * w, c)
-    query, key, value = (
-      nn.Dense(c, name=name, **self.types)(y)[:, :, None, :] for name in ("query", "key", "value")
-    )
-    y = attention(query, key, value).reshape(b, h, w, c)
-    return x + nn.Dense(c, name="output", **self.types)(y)
-
-
 class _Middle(nn.Module):
   """Residual block, attention, residual block, at the lowest resolution."""
 
@@ -69,7 +52,7 @@ class _Middle(nn.Module):
   @nn.compact
   def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     h = _Residual(h.shape[-1], self.groups, self.types, name="block_0")(h)
-    h = _Attention(self.groups, self.types, name="attention")(h)
+    h = SelfAttention(1, self.groups, norm_epsilon=_EPSILON, all_biases=True, name="attention", **self.types)(h)
     return _Residual(h.shape[-1], self.groups, self.types, name="block_1")(h)
 
 

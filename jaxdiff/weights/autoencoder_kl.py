@@ -7,6 +7,7 @@ from jaxdiff.weights import names
 from jaxdiff.weights.names import Map
 from jaxdiff.weights.settings import Settings
 from jaxdiff.weights.unet2d import renamed as renamed
+from jaxdiff.weights.unet2d import self_attention
 
 
 def fields(config: Mapping[str, Any], what: str) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -81,10 +82,7 @@ def _middle(there: str, here: str) -> Map:
   found: Map = {}
   for block in range(2):
     found |= _residual(f"{there}.resnets.{block}", f"{here}/block_{block}", projected=False)
-  attention, ours = f"{there}.attentions.0", f"{here}/attention"
-  found |= names.norm(f"{attention}.group_norm", f"{ours}/norm")
-  for layer, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "output")):
-    found |= names.linear(f"{attention}.{layer}", f"{ours}/{name}")
+  found |= self_attention(f"{there}.attentions.0", f"{here}/attention")
   return found
 
 

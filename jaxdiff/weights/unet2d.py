@@ -117,7 +117,7 @@ def _time(settings: Settings, channels: int, steps: int) -> dict[str, Any]:
   }
 
 
-def wave_numbers(features: int, shift: float) -> np.ndarray:
+def wave_numbers(features: int, shift: int | float) -> np.ndarray:
   """Angular frequencies of the published sinusoids, radians per step: 10000^(-k / (features / 2 - shift))."""
   half = features // 2
   return PERIOD ** (-np.arange(half) / (half - shift))
@@ -166,7 +166,7 @@ def parameters(made: Mapping[str, Any], config: Mapping[str, Any]) -> Map:
   for number, place in enumerate(places["resnets"]):
     found |= _residual(place, f"ResidualBlock_{number}", projected=place in places["projected"])
   for number, place in enumerate(places["attentions"]):
-    found |= _self_attention(place, f"SelfAttention_{number}")
+    found |= self_attention(place, f"SelfAttention_{number}")
   for place, here in places["resampled"].items():
     if made["resample_in_blocks"]:
       found |= _residual(place, here, projected=False)
@@ -215,7 +215,8 @@ def _residual(there: str, here: str, projected: bool) -> Map:
   return found | (names.pointwise(f"{there}.conv_shortcut", f"{here}/shortcut") if projected else {})
 
 
-def _self_attention(there: str, here: str) -> Map:
+def self_attention(there: str, here: str) -> Map:
+  """The map of one attention, of this prefix there and this path here."""
   found = names.norm(f"{there}.group_norm", f"{here}/GroupNorm_0")
   found |= names.together(tuple(f"{there}.to_{letter}" for letter in "qkv"), f"{here}/query_key_value")
   return found | names.linear(f"{there}.to_out.0", f"{here}/output")
