@@ -10,6 +10,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ class _Residual(nn.Module):
 
   features: int
   groups: int
-  types: dict[str, Any]
+  types: Mapping[str, Any]
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
@@ -47,7 +48,7 @@ class _Middle(nn.Module):
   """Residual block, attention, residual block, at the lowest resolution."""
 
   groups: int
-  types: dict[str, Any]
+  types: Mapping[str, Any]
 
   @nn.compact
   def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -63,7 +64,7 @@ class _Encoder(nn.Module):
   blocks: int
   outputs: int
   groups: int
-  types: dict[str, Any]
+  types: Mapping[str, Any]
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b _ _ outputs"]:
@@ -86,7 +87,7 @@ class _Decoder(nn.Module):
   blocks: int
   outputs: int
   groups: int
-  types: dict[str, Any]
+  types: Mapping[str, Any]
 
   @nn.compact
   def __call__(self, z: Float[Array, "b h w k"]) -> Float[Array, "b _ _ outputs"]:

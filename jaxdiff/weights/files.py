@@ -14,7 +14,8 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 
 CONFIG = "config.json"
-_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+NAME = "diffusion_pytorch_model.safetensors"
+_NAMES = (NAME, "model.safetensors")
 _PARTS = ("", "unet", "transformer")  # of a pipeline, where its network may lie
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6)))
@@ -68,7 +69,7 @@ def find(path: str | Path) -> Found:
   if pickles:
     refuse_pickle(pickles[0])
   raise WeightsError(
-    f"{path} holds no model: expected {CONFIG} beside {_NAMES[0]}, in it or in its folder {' or '.join(_PARTS[1:])}"
+    f"{path} holds no model: expected {CONFIG} beside {NAME}, in it or in its folder {' or '.join(_PARTS[1:])}"
   )
 
 
@@ -84,8 +85,9 @@ def _in_folder(folder: Path) -> Path | None:
 def refuse_pickle(path: Path) -> None:
   """Raises a WeightsError for a pickle, by its name or its first bytes, with the remedy."""
   with path.open("rb") as file:
-    start = file.read(4)
-  if path.suffix in _PICKLES or start.startswith(_MAGIC):
+    start = file.read(9)
+  # A safetensors file begins with 8 bytes of a length, which can be any, and a bracket.
+  if path.suffix in _PICKLES or (start.startswith(_MAGIC) and start[8:] != b"{"):
     raise WeightsError(
       f"{path} is a pickle, which may run any code when it is read, so it is not: use the safetensors file of the same "
       f"model, or {_CONVERT.format(path.name, path.with_suffix('.safetensors').name)}"
