@@ -16,8 +16,8 @@ module encodes its array in the forms that it has for the network:
 | `text.Text(length)` | bytes [b, length] as uint8, the end filled with 0 | vector, tokens | 0 |
 
 An array full of its null says nothing: so is trained, and asked, what the network knows without the condition
-(Ho and Salimans 2022, Classifier-Free Diffusion Guidance). A module of your own with `null`, `__call__(value, x,
-features) -> Encoded` and `check(name, value, x)` is a condition, too.
+(Ho and Salimans 2022, Classifier-Free Diffusion Guidance). A module of your own with `null`, `nothing(x)`,
+`check(name, value, x)` and `__call__(value, x, features) -> Encoded` is a condition, too.
 """
 
 from collections.abc import Mapping
@@ -87,6 +87,16 @@ def null(conditions: Mapping[str, Any]) -> dict[str, float | int]:
   return {name: module.null for name, module in conditions.items()}
 
 
+def nothing(conditions: Mapping[str, Any], x: Array) -> dict[str, Array]:
+  """The null condition of every example of x, with sequences of one.
+
+  Example:
+    >>> jax.tree.map(jnp.shape, nothing({"label": Label(10), "clip": Embedding(512)}, jnp.zeros((2, 8, 8, 3))))
+    {'clip': (2, 512), 'label': (2,)}
+  """
+  return {name: module.nothing(x) for name, module in conditions.items()}
+
+
 def check_names(conditions: Mapping[str, Any], cond: Mapping[str, Array]) -> None:
   """Raises a ValueError for conditions that the network does not have, and for those that are missing."""
   known = ", ".join(sorted(conditions)) or "none: give it `conditions`"
@@ -94,6 +104,12 @@ def check_names(conditions: Mapping[str, Any], cond: Mapping[str, Array]) -> Non
     raise ValueError(f"cond has {', '.join(map(repr, unknown))}, a condition that the network lacks; it has {known}")
   if missing := sorted(conditions.keys() - cond.keys()):
     raise ValueError(f"cond lacks {', '.join(map(repr, missing))}: pass all of {known}; the null condition is `null()`")
+
+
+def refuse_tokens(encoded: Encoded, network: str) -> None:
+  """Raises a ValueError if there are tokens, for a network without cross-attention."""
+  if encoded.tokens is not None:
+    raise ValueError(f"{network} has no cross-attention to read the tokens of its conditions: use a UNet or a DiT")
 
 
 def check_array(name: str, value: Array, x: Array, shape: tuple[int | None, ...], kind: Any, words: str) -> None:
@@ -127,6 +143,9 @@ class Label(nn.Module):
   def null(self) -> int:
     return self.classes
 
+  def nothing(self, x: Array) -> Int[Array, " b"]:
+    return jnp.full(x.shape[:1], self.null, jnp.int32)
+
   def check(self, name: str, value: Array, x: Array) -> None:
     check_array(name, value, x, (), jnp.integer, f"integers [b] from 0 to {self.classes - 1}, null {self.classes}")
 
@@ -150,6 +169,9 @@ class Scalar(nn.Module):
   @property
   def null(self) -> float:
     return float("nan")
+
+  def nothing(self, x: Array) -> Float[Array, " b"]:
+    return jnp.full(x.shape[:1], self.null, jnp.float32)
 
   def check(self, name: str, value: Array, x: Array) -> None:
     check_array(name, value, x, (), jnp.floating, "floats [b], null NaN")
@@ -179,6 +201,9 @@ class Image(nn.Module):
   @property
   def null(self) -> int:
     return 0
+
+  def nothing(self, x: Array) -> Float[Array, "b h w c"]:
+    return jnp.zeros((*x.shape[:3], self.channels))
 
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"floats [b, h, w, {self.channels}] of the size of x or smaller by a whole factor, null 0"
@@ -213,6 +238,9 @@ class Embedding(nn.Module):
   @property
   def null(self) -> int:
     return 0
+
+  def nothing(self, x: Array) -> Float[Array, "b *n f"]:
+    return jnp.zeros((len(x), *(1,) * self.sequence, self.features))
 
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"floats [b, {'n, ' * self.sequence}{self.features}], null 0"
