@@ -46,5 +46,5 @@ def get_config() -> ConfigDict:
       "validate_every": 500,
     }
   )
-  config.evaluate = ConfigDict({"num": 0, "batch_size": 500, "split": "test", "seed": 0})
+  config.evaluate = ConfigDict({"num": 2000, "batch_size": 250, "split": "test", "seed": 0})
   return config
