@@ -277,7 +277,7 @@ def test_the_config_of_fashion_mnist_builds_without_its_data():
   source = from_arrays(np.zeros((2, 28, 28, 1), np.uint8), np.array([0, 9]), levels=256)
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 323_530
-  assert "measured" in file.read_text()
+  assert "Measured on" in file.read_text()
 
 
 def refused(capsys, *argv):
