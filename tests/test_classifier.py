@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 from typing import ClassVar
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from oracles import mixture
 
 import jaxdiff as jd
-from jaxdiff import cli, factory, objectives
+from jaxdiff import arguments, cli, factory, objectives
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.models import Classifier, conditioning
 from jaxdiff.training.metrics import read_metrics
@@ -267,6 +268,16 @@ def test_labels_of_the_data_are_checked_before_training():
   nameless = from_arrays(np.zeros((4, 8, 8, 1), np.uint8), levels=17)
   with pytest.raises(factory.ConfigError, match="config.network needs data with 'label'; .* has x"):
     objectives.make_objective(CONFIG, nameless)
+
+
+def test_the_config_of_fashion_mnist_builds_without_its_data():
+  file = pathlib.Path(__file__).parents[1] / "configs" / "fashion_mnist_classifier.py"
+  config = arguments.load(file)
+  objectives.check(config)
+  source = from_arrays(np.zeros((2, 28, 28, 1), np.uint8), np.array([0, 9]), levels=256)
+  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 323_530
+  assert "Measured on" in file.read_text()
 
 
 def refused(capsys, *argv):
