@@ -1,7 +1,6 @@
 """From a config to components: the only file that builds from configs; `schema` says what a config may hold."""
 
 import dataclasses
-import functools
 import inspect
 import json
 import warnings
@@ -215,8 +214,8 @@ def check_conditions(config: Config, source: Source) -> None:
     elif len(source.shape) != 3:
       raise ConfigError(f"config.{path} is made of images [h, w, c]; the data have shape {source.shape}")
     else:
-      check = functools.partial(made.module.check, name, x=x)
-      schema.construct(lambda of, check: check(value=jax.eval_shape(of, x)), {"of": made.of, "check": check}, path)
+      check = lambda x, made=made, name=name: made.module.check(name, made.of(x), x)
+      schema.construct(lambda check: jax.eval_shape(check, x), {"check": check}, path)
   if schema.is_classifier(config):
     wanted.append(("config.network", "label", make_network(config).classes))
   first = source.gather(np.arange(min(len(source), _LOOKED_AT))) if wanted else {}

@@ -153,11 +153,11 @@ def test_conditions_are_dropped_together_and_as_often_as_asked():
 
 def test_the_loss_with_dropping_is_the_loss_of_what_it_tells():
   loss, key = jd.losses.denoising(jd.VP(), jd.predictions.noise()), jd.example_keys(KEY, 0, 8)
-  x0, cond = jnp.ones((8, 2)), {"label": jnp.ones(8), "level": jnp.ones(8)}
-  value, aux = jd.losses.drop_conditions(loss, {"label": -1.0}, 0.5)(key, x0, told, cond)
+  x0, u, cond = jnp.ones((8, 2)), jnp.linspace(0.0, 0.9, 8), {"label": jnp.ones(8), "level": jnp.ones(8)}
+  value, aux = jd.losses.drop_conditions(loss, {"label": -1.0}, 0.5)(key, x0, told, cond, u)
   cond["label"] = jnp.where(aux["dropped"] == 1, -1.0, 1.0)
   assert 0 < aux["dropped"].sum() < 8
-  np.testing.assert_array_equal(value, loss(jd.keys.split(key)[1], x0, told, cond)[0])
+  np.testing.assert_array_equal(value, loss(jd.keys.split(key)[1], x0, told, cond, u)[0])
 
 
 @pytest.mark.usefixtures("untyped")
@@ -241,7 +241,10 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
     ({"label": {"type": "lable"}}, r"config.network.conditions.label.type is 'lable'; did you mean 'label'\?"),
     ({"label": {"type": "label"}}, "config.network.conditions.label needs a value for classes"),
     ({"label": {"type": "label", "clases": 3}}, r"conditions.label.clases does not exist; did you mean 'classes'\?"),
-    ({"small": {"type": "downsampled", "factor": 3}}, "config.network.conditions.small: factor=3 does not divide the 4x4 pixels"),
+    (
+      {"small": {"type": "downsampled", "factor": 3}},
+      "conditions.small: factor=3 does not divide the 4x4 pixels",
+    ),
     ({"small": {"type": "downsampled", "channels": 1}}, r"conditions.small: cond\['small'\] has shape \(1, 2, 2, 3\)"),
     ({"grey": {"type": "image", "channels": 1}}, "config.network.conditions.grey needs data with 'grey'"),
   ],
