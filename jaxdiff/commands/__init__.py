@@ -89,6 +89,7 @@ def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: Samp
 
 def evaluate(config: Config, workdir: Path) -> None:
   """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
+  rundir.check_examples(config)
   settings, mesh = options.evaluate(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
