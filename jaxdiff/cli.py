@@ -24,7 +24,8 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --draws=8 --importance --dtype=float64 --variable=log_snr --steps=shared --seed=1;
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
-  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
+  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table; of a classifier, how often it
+               is right at which noise: accuracy.json, accuracy.png, a table
   import PATH  a run directory of a published network, in which sample and likelihood work: of safetensors and config.json
                of diffusers' UNet2DModel (a file, a folder or a pipeline), of an export, or of a checkpoint of score-SDE
                in JAX (--preset=NAME); the data are named now or later, --config.data.type=tfds --config.data.name=cifar10

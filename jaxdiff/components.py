@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
-from jaxdiff.models import MLP, RefineNet, UNet, VDMNet, conditioning
+from jaxdiff.models import MLP, Classifier, DiT, RefineNet, UNet, VDMNet, conditioning
+from jaxdiff.models.text import Text
 from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
@@ -63,6 +64,11 @@ class CNF:
 
 def vector_field() -> Callable[..., Callable[..., Array]]:
   """The network is the vector field of a flow: from `(apply, params)` to `field(x, t)`, a pytree."""
+  return jax.tree_util.Partial
+
+
+def classes() -> Callable[..., Callable[..., Array]]:
+  """The network is a classifier: from `(apply, params)` to `logits(x, t)`, a pytree."""
   return jax.tree_util.Partial
 
 
@@ -156,6 +162,11 @@ def embedding(features: int, sequence: bool = False, dtype: str = "float32") -> 
   return Condition(conditioning.Embedding(features, sequence, dtype=dtype))
 
 
+def text(length: int, width: int = 128, layers: int = 2, heads: int = 4, dtype: str = "float32") -> Condition:
+  """The caption of the example, of data with as large a `text_length`."""
+  return Condition(Text(length, width, layers, heads, dtype=dtype))
+
+
 def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> Condition:
   """The image itself, smaller by a factor: super-resolution."""
 
@@ -198,6 +209,7 @@ PREDICTIONS: Table = {
   "score": predictions.score,
   "edm": predictions.edm,
   "vector_field": vector_field,
+  "classes": classes,
 }
 LOSSES: Table = {
   "denoising": losses.denoising,
@@ -210,6 +222,7 @@ LOSSES: Table = {
   "ddpm_hybrid": losses.ddpm_hybrid,
   "ddpm_elbo": losses.ddpm_elbo,
   "ffjord": losses.ffjord,
+  "classification": losses.classification,
 }
 PROCESS_OF_LOSS: Mapping[str, str] = {
   "vdm": "VariancePreserving",
@@ -219,6 +232,7 @@ PROCESS_OF_LOSS: Mapping[str, str] = {
   "ddpm_elbo": "DDPM",
 }
 WITH_CNF: Mapping[str, str] = {"prediction": "vector_field", "loss": "ffjord", "sampler": "cnf"}
+WITH_CLASSIFIER: Mapping[str, str] = {"prediction": "classes", "loss": "classification"}
 WEIGHTS: Table = {
   "noise": losses.weights.noise,
   "likelihood": losses.weights.likelihood,
@@ -231,12 +245,20 @@ TIMES: Table = {
   "log_normal": losses.times.log_normal,
   "fixed": losses.times.fixed,
 }
-NETWORKS: Table = {"UNet": UNet, "MLP": MLP, "RefineNet": RefineNet, "VDMNet": VDMNet}
+NETWORKS: Table = {
+  "UNet": UNet,
+  "MLP": MLP,
+  "RefineNet": RefineNet,
+  "VDMNet": VDMNet,
+  "DiT": DiT,
+  "Classifier": Classifier,
+}
 CONDITIONS: Table = {
   "label": label,
   "scalar": scalar,
   "image": image,
   "embedding": embedding,
+  "text": text,
   "downsampled": downsampled,
   "greyscale": greyscale,
 }

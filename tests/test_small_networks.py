@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxdiff.models import RefineNet, VDMNet, conditioning
-from jaxdiff.models.layers import ResidualBlock, SelfAttention, TimeEmbedding, fourier_features
+from jaxdiff.models.attention import SelfAttention
+from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.layers import TimeEmbedding, fourier_features
 from jaxdiff.models.ncsn import ConditionalInstanceNorm
 
 CONDITIONS = {"label": conditioning.Label(3), "image": conditioning.Image(2)}
@@ -99,17 +101,26 @@ def test_bfloat16_computes_near_float32(case):
   assert 0 < error < 0.02  # exactly zero would mean that float32 was used
 
 
-def test_with_periodic_borders_translations_stay_translations():
-  """Of any number of pixels along both axes, in a network that sees further than the image is wide."""
-  net = NETS["refine"].clone(padding="CIRCULAR")
-  params = perturbed(jax.jit(net.init)(jax.random.key(0), X, T))
-  apply = jax.jit(net.apply)
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_parameters_have_their_own_type(net):
+  y, params = jax.eval_shape(net.clone(param_dtype=jnp.bfloat16).init_with_output, jax.random.key(0), X, T)
+  assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+  assert y.dtype == X.dtype
+  params = jax.eval_shape(net.clone(dtype=jnp.bfloat16).init, jax.random.key(0), X, T)
+  assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_with_periodic_borders_translations_stay_translations(case):
+  """Of any number of pixels along both axes, of x and an image beside it."""
+  net, apply, _, moved = case
+  periodic = jax.jit(net.clone(padding="CIRCULAR").apply)
   move = lambda x: jnp.roll(x, (3, -2), axis=(1, 2))
-  y = apply(params, X, T)
-  np.testing.assert_allclose(apply(params, move(X), T), move(y), rtol=1e-4, atol=1e-5)
-  zeros = jax.jit(NETS["refine"].apply)  # with zeros beyond the border they do not
-  assert jnp.abs(zeros(params, move(X), T) - move(zeros(params, X, T))).max() > 1e-2
-  np.testing.assert_array_equal(jax.tree.map(jnp.shape, params)["params"]["output"]["kernel"], (3, 3, 4, 1))
+  told = COND | {"image": move(COND["image"])}
+  y = periodic(moved, X, T, **COND)
+  np.testing.assert_allclose(periodic(moved, move(X), T, **told), move(y), rtol=1e-3, atol=1e-4)
+  other = apply(moved, move(X), T, **told) - move(apply(moved, X, T, **COND))  # with zeros beyond the border
+  assert jnp.abs(other).max() > 1e-2
 
 
 def test_the_norm_is_its_formula():
@@ -127,23 +138,29 @@ def test_the_norm_is_its_formula():
   np.testing.assert_allclose(norm.apply(params, x, embedding), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_scanned_rows_are_blocks_one_by_one_and_the_last_result_is_read_first():
-  net = NETS["vdm"]
-  params = perturbed(jax.jit(net.init)(jax.random.key(0), X, T))["params"]
+@jax.jit
+def one_by_one(params):
+  """`NETS["vdm"]` without scan."""
   layer = lambda module, name, *args: module.apply({"params": params[name]}, *args)
-  block, conv = ResidualBlock(4, groups=2), lambda c: nn.Conv(c, (3, 3))
-  embedding = layer(TimeEmbedding(16), "TimeEmbedding_0", T)
+  conv = lambda features: nn.Conv(features, (3, 3))
+  block = ResidualBlock(4, groups=2, modulation="add", all_biases=True)
+  embedding = layer(TimeEmbedding(16, inputs=4), "TimeEmbedding_0", T)
   row = lambda name, k, h: block.apply({"params": jax.tree.map(lambda p: p[k], params[name])}, h, embedding)
   h = layer(conv(4), "Conv_0", fourier_features(X, 17))
   skips = [h]
   for k in range(2):
     skips.append(h := row("down", k, h))
-  h = layer(SelfAttention(1, groups=2), "SelfAttention_0", layer(block, "middle_1", h, embedding))
+  h = layer(SelfAttention(1, groups=2, all_biases=True), "SelfAttention_0", layer(block, "middle_1", h, embedding))
   h = layer(block, "middle_2", h, embedding)
   for k in range(3):
     h = row("up", k, jnp.concatenate([h, skips.pop()], axis=-1))
-  h = layer(conv(1), "output", nn.silu(layer(nn.GroupNorm(2), "GroupNorm_0", h)))
-  np.testing.assert_allclose(jax.jit(net.apply)({"params": params}, X, T), h, rtol=1e-4, atol=1e-5)
+  return layer(conv(1), "output", nn.silu(layer(nn.GroupNorm(2), "GroupNorm_0", h)))
+
+
+def test_the_scanned_rows_are_blocks_one_by_one_and_the_last_result_is_read_first():
+  net = NETS["vdm"]
+  params = perturbed(jax.jit(net.init)(jax.random.key(0), X, T))
+  np.testing.assert_allclose(jax.jit(net.apply)(params, X, T), one_by_one(params["params"]), rtol=1e-4, atol=1e-5)
 
 
 def test_fourier_features_are_what_the_first_convolution_reads():
@@ -155,10 +172,11 @@ def test_fourier_features_are_what_the_first_convolution_reads():
   np.testing.assert_array_equal(kernel.shape, (3, 3, fourier_features(x, 17).shape[-1], 4))
   # A network whose convolution reads the four waves alone is periodic in x: two levels are 4/17.
   moved["params"]["Conv_0"]["kernel"] = kernel.at[:, :, 0].set(0.0)
-  y = net.apply(moved, x, T[:1])
-  np.testing.assert_allclose(net.apply(moved, x + 4 / 17, T[:1]), y, rtol=1e-3, atol=1e-4)
-  assert jnp.abs(net.apply(params, x + 4 / 17, T[:1]) - y).max() > 1e-3
-  assert jnp.abs(net.apply(moved, x + 1 / 17, T[:1]) - y).max() > 1e-2
+  apply = jax.jit(net.apply)
+  y = apply(moved, x, T[:1])
+  np.testing.assert_allclose(apply(moved, x + 4 / 17, T[:1]), y, rtol=1e-3, atol=1e-4)
+  assert jnp.abs(apply(params, x + 4 / 17, T[:1]) - y).max() > 1e-3
+  assert jnp.abs(apply(moved, x + 1 / 17, T[:1]) - y).max() > 1e-2
 
 
 def test_dropout_acts_in_training_only():
@@ -173,7 +191,7 @@ def test_dropout_acts_in_training_only():
   ("net", "shape", "parameters"),
   [
     (RefineNet(), (28, 28, 1), 444_865),
-    (VDMNet(), (32, 32, 3), 34_959_619),
+    (VDMNet(), (32, 32, 3), 30_586_243),
   ],
 )
 def test_networks_have_the_stated_size(net, shape, parameters):

@@ -8,7 +8,7 @@ NCSN has a table of them for its ten levels.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.models import conditioning
 from jaxdiff.models.layers import ZERO, TimeEmbedding, check_input
-
-Padding = Literal["SAME", "CIRCULAR"]
+from jaxdiff.models.resampling import Padding
 
 
 class ConditionalInstanceNorm(nn.Module):
@@ -71,7 +70,7 @@ class RefineNet(nn.Module):
     param_dtype: type of the parameters.
 
   Example:
-    >>> net, x, t = RefineNet(channels=8), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
+    >>> net, x, t = RefineNet(channels=4, dilations=(2,), blocks=1), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
     >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
     >>> jax.jit(net.apply)(params, x, t).shape
     (2, 8, 8, 1)
@@ -113,10 +112,13 @@ class RefineNet(nn.Module):
     self._check(x, t)
     encoded = conditioning.encode(self.conditions, cond, x, 2 * self.channels)
     conditioning.refuse_tokens(encoded, "RefineNet")
-    embedding = TimeEmbedding(2 * self.channels, self.max_frequency, dtype=self.dtype)(t)
-    embedding = embedding if encoded.vector is None else embedding + encoded.vector
+    types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    embedding = TimeEmbedding(2 * self.channels, self.max_frequency, **types)(t)
+    if encoded.vector is not None:
+      embedding = embedding + encoded.vector.astype(self.dtype)
     h = x.astype(self.dtype)
-    h = h if encoded.channels is None else jnp.concatenate([h, encoded.channels], axis=-1)
+    if encoded.channels is not None:
+      h = jnp.concatenate([h, encoded.channels.astype(self.dtype)], axis=-1)
     h = self._conv(h, use_bias=True)
     stages = []
     for dilation in self.dilations:

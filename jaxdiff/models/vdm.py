@@ -5,6 +5,7 @@ its middle. Fourier features of the input tell neighbouring levels of the data a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,15 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.models import conditioning
-from jaxdiff.models.layers import (
-  ZERO,
-  ResidualBlock,
-  SelfAttention,
-  TimeEmbedding,
-  check_divisible,
-  check_input,
-  fourier_features,
-)
+from jaxdiff.models.attention import SelfAttention
+from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.layers import ZERO, TimeEmbedding, check_divisible, check_input, fourier_features
+from jaxdiff.models.resampling import Padding
 
 
 class VDMNet(nn.Module):
@@ -40,12 +36,15 @@ class VDMNet(nn.Module):
     fourier_levels: levels of the data for `fourier_features` of the input, which must not be rescaled (as the EDM
       prediction does); 0 for none.
     max_frequency: largest angular frequency of the time embedding, radians per unit of t: see `sinusoidal_embedding`.
+    padding: what lies beyond the border: zeros ("SAME") or the other side ("CIRCULAR"), with which translations of the
+      input are translations of the output.
     conditions: what the network is told beside x and t; modules by name, of vectors and channels: see `conditioning`.
     dtype: type of the computation.
     param_dtype: type of the parameters.
 
   Example:
-    >>> net, x, t = VDMNet(depth=2, channels=8, groups=4), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
+    >>> import jax
+    >>> net, x, t = VDMNet(depth=1, channels=8, groups=4), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
     >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
     >>> jax.jit(net.apply)(params, x, t).shape
     (2, 8, 8, 1)
@@ -61,6 +60,7 @@ class VDMNet(nn.Module):
   dropout: float = 0.0
   fourier_levels: int = 256
   max_frequency: float = 1000.0
+  padding: Padding = "SAME"
   conditions: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
@@ -91,24 +91,34 @@ class VDMNet(nn.Module):
       raise ValueError(f"depth={self.depth}: pass 1 or more, such as 32")
     encoded = conditioning.encode(self.conditions, cond, x, 4 * self.channels)
     conditioning.refuse_tokens(encoded, "VDMNet")
-    embedding = TimeEmbedding(4 * self.channels, self.max_frequency, dtype=self.dtype)(t)
-    embedding = embedding if encoded.vector is None else embedding + encoded.vector
+    types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    embedding = TimeEmbedding(4 * self.channels, self.max_frequency, inputs=self.channels, **types)(t)
+    if encoded.vector is not None:
+      embedding = embedding + encoded.vector.astype(self.dtype)
     h = (fourier_features(x, self.fourier_levels) if self.fourier_levels else x).astype(self.dtype)
-    h = h if encoded.channels is None else jnp.concatenate([h, encoded.channels], axis=-1)
-    h = first = nn.Conv(self.channels, (3, 3), dtype=self.dtype, param_dtype=self.param_dtype)(h)
-    block = lambda name: ResidualBlock(self.channels, self.groups, self.dropout, self.dtype, name=name)
+    if encoded.channels is not None:
+      h = jnp.concatenate([h, encoded.channels.astype(self.dtype)], axis=-1)
+    conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=self.padding, **types)
+    block = functools.partial(
+      ResidualBlock,
+      self.channels,
+      self.groups,
+      self.dropout,
+      modulation="add",
+      all_biases=True,
+      padding=self.padding,
+      **types,
+    )
     apply = lambda block, h: block(h, embedding, deterministic=not train)
     down = lambda block, h, _: 2 * (apply(block, h),)
     up = lambda block, h, skip: (apply(block, jnp.concatenate([h, skip], axis=-1)), None)
-    h, skips = self._row(down, self.depth)(block("down"), h, None)
-    h = apply(block("middle_1"), h)
-    h = apply(block("middle_2"), SelfAttention(1, self.groups, self.dtype)(h))
-    h, _ = self._row(up, self.depth + 1)(block("up"), h, jnp.concatenate([first[None], skips])[::-1])
-    h = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype, param_dtype=self.param_dtype)(h))
-    output = nn.Conv(
-      x.shape[-1], (3, 3), dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=ZERO, name="output"
-    )
-    return output(h).astype(x.dtype)
+    h = first = conv(self.channels)(h)
+    h, skips = self._row(down, self.depth)(block(name="down"), h, None)
+    h = apply(block(name="middle_1"), h)
+    h = apply(block(name="middle_2"), SelfAttention(1, self.groups, all_biases=True, **types)(h))
+    h, _ = self._row(up, self.depth + 1)(block(name="up"), h, jnp.concatenate([first[None], skips])[::-1])
+    h = nn.silu(nn.GroupNorm(self.groups, **types)(h))
+    return conv(x.shape[-1], kernel_init=ZERO, name="output")(h).astype(x.dtype)
 
   def _row(self, body: Callable[..., Any], length: int) -> Callable[..., Any]:
     return nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length)
