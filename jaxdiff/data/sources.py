@@ -27,6 +27,7 @@ import numpy as np
 from jaxdiff.data import manifest as manifests
 from jaxdiff.data.examples import (
   SPLITS,
+  NoExamples,
   CaptionedExamples,
   Examples,
   Source,
