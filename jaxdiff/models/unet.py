@@ -112,6 +112,7 @@ class UNet(nn.Module):
       the network then commutes with shifts by 2^(levels - 1) pixels.
 
   Example:
+    >>> import jax
     >>> net, x, t = UNet(channels=16), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
     >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
     >>> jax.jit(net.apply)(params, x, t).shape

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from jaxdiff.weights.files import Tensors, WeightsError
+from jaxdiff.weights.files import Tensors, refuse_misfits
+
 
 class Made(NamedTuple):
   """How one of our parameters is made.
@@ -103,7 +104,7 @@ def assemble(made: Map, tensors: Tensors, shapes: Mapping[str, Any], what: str) 
   due = flatten(shapes)
   used = {name for entry in made.values() for name in entry.names}
   wrong = [f"missing: {name}" for name in sorted(used - tensors.keys())]
-  wrong += [f"not used: {name}, shape {tensors[name].shape}" for name in sorted(tensors.keys() - used)]
+  wrong += [f"not used: {name}, shape {list(tensors[name].shape)}" for name in sorted(tensors.keys() - used)]
   wrong += [f"the network has no parameter {path}" for path in sorted(made.keys() - due.keys())]
   wrong += [f"nothing makes the network's parameter {path}" for path in sorted(due.keys() - made.keys())]
   params = {}
@@ -120,15 +121,8 @@ def assemble(made: Map, tensors: Tensors, shapes: Mapping[str, Any], what: str) 
       there = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names)
       gives = "" if shape is None else f", which gives {list(shape)}"
       wrong.append(f"wrong shape: {there}{gives}; the network has {path} {list(due[path].shape)}")
-  refuse(what, wrong)
+  refuse_misfits(what, wrong)
   return {"params": flax.traverse_util.unflatten_dict(params, sep="/")}
-
-
-def refuse(what: str, wrong: list[str]) -> None:
-  """Raises a WeightsError that lists what is wrong, if anything is."""
-  if wrong:
-    listed = "\n".join(f"  {line}" for line in wrong)
-    raise WeightsError(f"{what} does not fit the network of its configuration; nothing was written:\n{listed}")
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
