@@ -37,7 +37,7 @@ def import_model(path: Path, workdir: Path, texts: Mapping[str, str]) -> None:
   except weights.WeightsError as error:
     raise ConfigError(str(error)) from error
   shape = model.sections["data"]["shape"]
-  named = {"data": {}} if "data.type" in texts else {}
+  named: Config = {"data": {}} if "data.type" in texts else {}
   config = factory.normalize(arguments.override(_defaults(model.sections) | model.sections | named, texts))
   objectives.check(config)
   source = factory.make_source(config, "train")
@@ -56,8 +56,9 @@ def _read(path: Path, preset: str | None) -> _Model:
   published = weights.load(path)
   if published.type != "UNet":
     raise ConfigError(
-      f"{path} holds a {published.type}, which a run cannot be made of yet: a DiT works on the latents of an autoencoder "
-      "and is told a class, and the commands work on the data themselves. In programs jaxdiff.weights.load reads both"
+      f"{path} holds a {published.type}, which a run cannot be made of yet: a DiT works on the latents of an "
+      "autoencoder and is told a class, and the commands work on the data themselves. In programs "
+      "jaxdiff.weights.load reads both"
     )
   chain, parts = published.chain or weights.Chain(), published.fields["parts"]
   sections = {
@@ -100,7 +101,9 @@ def _defaults(sections: Config) -> Config:
 
 def _check_fit(config: Config, source: Any, params: Any) -> None:
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
-  plain = lambda tree: {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  plain = lambda tree: {
+    jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   if found := factory.differences(plain(params), plain(shapes), "params"):
     raise ConfigError(f"config.network is not that of the weights: {'; '.join(found)}")
 

@@ -27,9 +27,9 @@ import numpy as np
 from jaxdiff.data import manifest as manifests
 from jaxdiff.data.examples import (
   SPLITS,
-  NoExamples,
   CaptionedExamples,
   Examples,
+  NoExamples,
   Source,
   check_choice,
   from_arrays,
@@ -42,7 +42,18 @@ from jaxdiff.data.prepared import Records, read_texts
 from jaxdiff.data.text import encode_text
 from jaxdiff.data.toys import toy2d
 
-__all__ = ["Source", "absent", "array_record", "digits", "from_arrays", "image_folder", "npz", "tfds_source", "toy2d", "validate"]
+__all__ = [
+  "Source",
+  "absent",
+  "array_record",
+  "digits",
+  "from_arrays",
+  "image_folder",
+  "npz",
+  "tfds_source",
+  "toy2d",
+  "validate",
+]
 
 
 def digits(split: str, held_out: int = 360, seed: int = 0) -> Source:

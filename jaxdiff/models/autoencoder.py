@@ -144,7 +144,7 @@ class AutoencoderKL(nn.Module):
     features = tuple(self.channels * multiplier for multiplier in self.channel_multipliers)
     for level, number in enumerate(features):
       check_divisible(f"channels at level {level}", number, "groups", self.groups)
-    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     self.encoder = _Encoder(features, self.blocks, 2 * self.latent_channels, self.groups, types)
     self.moments = nn.Dense(2 * self.latent_channels, **types)
     self.latents = nn.Dense(self.latent_channels, **types)

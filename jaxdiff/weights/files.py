@@ -146,7 +146,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
 
   path = Path(path)
   partial = path.with_name(f".{path.name}.partial")
-  safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, partial)
+  safetensors.numpy.save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial)
   partial.replace(path)
 
 

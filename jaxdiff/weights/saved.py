@@ -38,7 +38,7 @@ def save(folder: str | Path, params: Mapping[str, Any], config: Mapping[str, Any
     names = [getattr(part, "key", None) for part in path]
     if not all(isinstance(name, str) for name in names) or not hasattr(leaf, "dtype"):
       raise TypeError(f"params{jax.tree_util.keystr(path)}: pass nested dicts of arrays")
-    if any(_SEPARATOR in name for name in names):
+    if any(_SEPARATOR in str(name) for name in names):
       raise ValueError(f"params{jax.tree_util.keystr(path)}: no name may have a {_SEPARATOR!r} in it")
   flat = flax.traverse_util.flatten_dict(dict(params), sep=_SEPARATOR)
   folder.mkdir(parents=True, exist_ok=True)
