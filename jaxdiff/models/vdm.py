@@ -98,7 +98,7 @@ class VDMNet(nn.Module):
     h = (fourier_features(x, self.fourier_levels) if self.fourier_levels else x).astype(self.dtype)
     if encoded.channels is not None:
       h = jnp.concatenate([h, encoded.channels.astype(self.dtype)], axis=-1)
-    conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=self.padding, **types)
+    conv = lambda features, **fields: nn.Conv(features, (3, 3), padding=self.padding, **types, **fields)
     block = functools.partial(
       ResidualBlock,
       self.channels,
