@@ -260,11 +260,11 @@ def _set(config: Config, path: str, text: str) -> None:
   section, where = config, ""
   for parent in parents:
     section, where = _enter(section, where, parent), f"{where}.{parent}".lstrip(".")
-  if path in schema.SECTIONS:
+  if schema.exists(path):
     raise ConfigError(f"config.{path} is a section: set its fields, --config.{path}.field=value")
   if path == "seed":
     section[name] = _value(path, text, int)
-  elif where and name == "type" and isinstance(schema.SECTIONS[where].makes, Mapping):
+  elif where and name == "type" and isinstance(schema.section_at(where).makes, Mapping):
     _set_type(section, where, text)
   else:
     _check_name(where, section, name)
@@ -274,7 +274,7 @@ def _set(config: Config, path: str, text: str) -> None:
 def _enter(section: Config, where: str, name: str) -> Config:
   """The section of this name within a section, made where there is none."""
   _check_name(where, section, name)
-  if f"{where}.{name}".lstrip(".") not in schema.SECTIONS:
+  if not schema.exists(f"{where}.{name}".lstrip(".")):
     raise ConfigError(f"config.{where}.{name} is a value and has no fields".replace("..", "."))
   return section.setdefault(name, {})
 

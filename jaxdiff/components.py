@@ -6,7 +6,7 @@ and words, the functions here stand in for them.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
-from jaxdiff.models import MLP, RefineNet, UNet, VDMNet
+from jaxdiff.models import MLP, RefineNet, UNet, VDMNet, conditioning
 from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
@@ -124,6 +124,53 @@ def hutchinson(
   return divergence.hutchinson(probes, noise, q, made)
 
 
+class Condition(NamedTuple):
+  """What a network is told of an example.
+
+  Attributes:
+    module: how the network reads it.
+    of: makes it of the values of the example; None where it is a field of the example, of the condition's name.
+  """
+
+  module: Any
+  of: Callable[[Float[Array, "b *d"]], Array] | None = None
+
+
+def label(classes: int, dtype: str = "float32") -> Condition:
+  """A class of the example, dropped to one more."""
+  return Condition(conditioning.Label(classes, dtype=dtype))
+
+
+def scalar(max_frequency: float = 10.0, dtype: str = "float32") -> Condition:
+  """A number of the example; NaN where it is unknown."""
+  return Condition(conditioning.Scalar(max_frequency, dtype=dtype))
+
+
+def image(channels: int = 3, dtype: str = "float32") -> Condition:
+  """Another image of the example; 8-bit images are scaled to [-1, 1]."""
+  return Condition(conditioning.Image(channels, dtype=dtype))
+
+
+def embedding(features: int, sequence: bool = False, dtype: str = "float32") -> Condition:
+  """What another model made of the example: a vector, or a sequence of vectors."""
+  return Condition(conditioning.Embedding(features, sequence, dtype=dtype))
+
+
+def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> Condition:
+  """The image itself, smaller by a factor: super-resolution."""
+
+  def smaller(x: Array) -> Array:
+    b, h, w, c = x.shape
+    return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
+
+  return Condition(conditioning.Image(channels, dtype=dtype), smaller)
+
+
+def greyscale(dtype: str = "float32") -> Condition:
+  """The brightness of the RGB image itself (ITU-R 601 luma): colorization."""
+  return Condition(conditioning.Image(1, dtype=dtype), lambda x: x @ jnp.array([[0.299], [0.587], [0.114]], x.dtype))
+
+
 SOURCES: Table = {
   "digits": sources.digits,
   "toy2d": sources.toy2d,
@@ -184,6 +231,14 @@ TIMES: Table = {
   "fixed": losses.times.fixed,
 }
 NETWORKS: Table = {"UNet": UNet, "MLP": MLP, "RefineNet": RefineNet, "VDMNet": VDMNet}
+CONDITIONS: Table = {
+  "label": label,
+  "scalar": scalar,
+  "image": image,
+  "embedding": embedding,
+  "downsampled": downsampled,
+  "greyscale": greyscale,
+}
 SAMPLERS: Table = {
   "reverse_sde": samplers.reverse_sde,
   "reverse_diffusion": samplers.reverse_diffusion,

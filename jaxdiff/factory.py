@@ -16,14 +16,17 @@ from ml_collections import ConfigDict
 
 from jaxdiff import components, divergence, flow, likelihood, options, predictions, schedules, schema, sde
 from jaxdiff.data.examples import Source
-from jaxdiff.models import MLP, UNet
+from jaxdiff.evaluation.runs import Given
+from jaxdiff.losses import decoders
+from jaxdiff.models import MLP, UNet, conditioning
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
-_DECIDING_TRAIN_FIELDS = ("batch_size", "steps", "ema_decay", "ema_lengths", "random_flip")
+_DECIDING_TRAIN_FIELDS = ("batch_size", "steps", "ema_decay", "ema_lengths", "random_flip", "drop_conditions")
 _LARGEST_SIGNAL_AT_PRIOR = 0.05
+_LOOKED_AT = 4096  # examples whose conditions are checked before any work
 
 
 def normalize(config: ConfigDict | Mapping[str, Any], path: str = "config") -> Config:
@@ -151,14 +154,61 @@ def make_prediction(config: Config) -> Any:
 
 def make_network(config: Config) -> UNet | MLP:
   """The linen module."""
-  return schema.component("network", config["network"], parent=None, name=None)
+  conditions = {name: made.module for name, made in make_conditions(config).items()}
+  given = {"conditions": conditions} if conditions else {}
+  return schema.component("network", config["network"], parent=None, name=None, **given)
+
+
+def make_conditions(config: Config) -> dict[str, components.Condition]:
+  """What the network is told of an example, by name."""
+  section, dtype = config["network"].get("conditions", {}), config["network"].get("dtype", "float32")
+  return {name: schema.component(f"network.conditions.{name}", part, dtype=dtype) for name, part in section.items()}
+
+
+def make_cond(config: Config, source: Source) -> Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]:
+  """From a batch of the source to the conditions of the network; images are in [-1, 1], without noise."""
+  conditions, levels = make_conditions(config), source.levels
+  check_conditions(config, source)
+
+  def of_batch(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    x = batch["x"] if levels is None else decoders.integer_values(batch["x"], levels, (-1.0, 1.0))
+    eight_bits = lambda value: value / 127.5 - 1 if value.dtype == jnp.uint8 and value.ndim == 4 else value
+    return {name: eight_bits(batch[name]) if made.of is None else made.of(x) for name, made in conditions.items()}
+
+  return of_batch
+
+
+def make_given(config: Config, split: str) -> Given | None:
+  """The examples of a split whose conditions samples are given, where the network has conditions."""
+  if not make_conditions(config):
+    return None
+  source = make_source(config, split)
+  return Given(source, make_cond(config, source))
+
+
+def check_conditions(config: Config, source: Source) -> None:
+  """Refuse data that lack what the network is told, or have classes beyond those that it knows."""
+  first = source.gather(np.arange(min(len(source), _LOOKED_AT)))
+  for name, made in make_conditions(config).items():
+    path = f"config.network.conditions.{name}"
+    if made.of is None and name not in first:
+      raise ConfigError(f"{path} needs data with {name!r}; {source.name} has {', '.join(sorted(first))}")
+    if (classes := getattr(made.module, "classes", None)) is not None:
+      found = first[name]
+      if not 0 <= found.min() <= found.max() < classes:
+        raise ConfigError(
+          f"{path}.classes = {classes}, but {source.name} has labels from {found.min()} to {found.max()}: labels count "
+          f"from 0, so set classes={found.max() + 1}"
+        )
 
 
 def init_params(config: Config, source: Source) -> Any:
   """Initial parameters, from the seed of the config; `jax.eval_shape` of this gives their shapes."""
   x = jnp.zeros((1, *source.shape))
   try:
-    params = jax.jit(make_network(config).init)(jax.random.key(config["seed"]), x, jnp.ones(1))
+    network = make_network(config)
+    cond = conditioning.nothing(getattr(network, "conditions", {}), x)
+    params = jax.jit(network.init)(jax.random.key(config["seed"]), x, jnp.ones(1), **cond)
   except (ValueError, TypeError, ZeroDivisionError) as error:
     raise ConfigError(f"config.network does not fit data of shape {source.shape}: {error}") from error
   if empty := [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.size == 0]:
@@ -247,12 +297,12 @@ def has_path(config: Config) -> bool:
 
 
 def make_apply(config: Config) -> Callable[..., jax.Array]:
-  """`(params, x, t) -> output`, without what the network says of its variance."""
+  """`(params, x, t, **cond) -> output`, without what the network says of its variance."""
   module = make_network(config)
   apply: Callable[..., Any] = module.apply
   if getattr(module, "parts", 1) == 1:
     return apply
-  return lambda params, x, t: apply(params, x, t)[..., : x.shape[-1]]
+  return lambda params, x, t, **cond: apply(params, x, t, **cond)[..., : x.shape[-1]]
 
 
 def make_score(config: Config) -> Callable[[Any], Any]:

@@ -16,12 +16,14 @@ import numpy as np
 from jaxdiff import components, factory, flow, keys, likelihood, losses, options, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
+from jaxdiff.models import conditioning
 from jaxdiff.schema import Config, ConfigError
 
 _SEEN = 10_000  # training examples that a trace estimator may be fitted to
 _PILOT, _PILOT_TOLERANCE = 64, 1e-3
 
-Evaluation = Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]
+Batch = Mapping[str, jax.Array]
+Evaluation = Callable[[Any, jax.Array, Batch], dict[str, jax.Array]]
 
 
 def _takes(config: Config) -> Mapping[str, inspect.Parameter]:
@@ -79,20 +81,23 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
   """
   fixed, stratified = make_loss(config, source)
   module, settings = factory.make_network(config), options.train(config)
+  cond, null = factory.make_cond(config, source), conditioning.null(getattr(module, "conditions", {}))
   dequantized = source.levels if _levels(config, source) is None else None
   if settings.random_flip and len(source.shape) != 3:
     raise ConfigError(f"config.train.random_flip mirrors images [h, w, c]; the data have shape {source.shape}")
 
-  def objective(params: Any, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def objective(params: Any, key: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     data_key, flip_key, drop_key, loss_key = keys.split(key, 4)
+    if training and settings.random_flip:  # of x and of the images beside it
+      batch = {name: random_flip(flip_key, value) if value.ndim == 4 else value for name, value in batch.items()}
     x = batch["x"] if dequantized is None else likelihood.dequantize(data_key, batch["x"], dequantized)
-    if training and settings.random_flip:
-      x = random_flip(flip_key, x)
     network: Callable[..., Any] = functools.partial(module.apply, factory.network_params(config, params))
     if training and getattr(module, "dropout", 0.0) > 0:
       network = _with_dropout(network, drop_key)
     loss = fixed if factory.learned(config) is None else make_loss(config, source, params)[0]
-    value, aux = loss(loss_key, x, network, u=batch["u"] if stratified else None)
+    if training and settings.drop_conditions:
+      loss = losses.drop_conditions(loss, null, settings.drop_conditions)
+    value, aux = loss(loss_key, x, network, cond(batch), u=batch["u"] if stratified else None)
     return value, {**aux, "loss_per_dim": value / math.prod(source.shape)}
 
   return objective
@@ -101,10 +106,11 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
 def _with_dropout(network: Callable[..., jax.Array], key: jax.Array) -> Callable[..., jax.Array]:
   """The network in training mode, each example dropping activations by its own key."""
 
-  def one(key: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-    return network(x[None], t[None], train=True, rngs={"dropout": key})[0]
+  def one(key: jax.Array, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array]) -> jax.Array:
+    alone = {name: value[None] for name, value in cond.items()}
+    return network(x[None], t[None], train=True, rngs={"dropout": key}, **alone)[0]
 
-  return lambda x, t: jax.vmap(one)(key, x, t)
+  return lambda x, t, **cond: jax.vmap(one)(key, x, t, cond)
 
 
 def dequantization(config: Config, source: Source) -> str | None:
@@ -143,6 +149,8 @@ def choose_trace(config: Config, params: Any, source: Source, held_out: Source) 
   trace = config["likelihood"].get("divergence", {})
   if trace.get("basis") != "auto":
     return config, {}
+  if config["network"].get("conditions"):
+    raise ConfigError("config.likelihood.divergence.basis = 'auto' is for models without conditions: name a basis")
   seen, shown = (seen_states(config, side) for side in (source, held_out))
   if seen is None or shown is None:
     raise ConfigError("config.likelihood.divergence.basis = 'auto' needs data")
@@ -169,7 +177,9 @@ def _control(seen: jax.Array) -> str:
 
 
 def make_log_likelihood(config: Config, params: Any, source: Source, seen: jax.Array | None = None) -> Evaluation:
-  """`(params, keys [b], x) -> values [b]` of the probability flow: bits/dim of integers, else log-density in nats.
+  """`(params, keys [b], batch) -> values [b]` of the probability flow: bits/dim of integers, else log-density in nats.
+
+  Where the model has conditions, it is the conditional density, given those of the example.
 
   `seen` is what `seen_states` gives of the training data.
   """
@@ -177,8 +187,10 @@ def make_log_likelihood(config: Config, params: Any, source: Source, seen: jax.A
   log_prob, score = factory.make_log_prob(config, process, seen), factory.make_score(config)
   evaluate: Callable[..., Any] = log_prob if kind is None else _make_bits(config, log_prob, source.levels, kind)
 
-  def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
-    result = evaluate(key, x, score(params))
+  cond = factory.make_cond(config, source)
+
+  def run(params: Any, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    result = evaluate(key, batch["x"], score(params), cond(batch))
     status = {"code": result.status.code, "accepted": result.status.accepted}
     of_draws = getattr(result, "dequantization_error", jnp.zeros_like(result.value))
     errors = {"standard_error": result.standard_error, "dequantization_error": of_draws}
@@ -231,13 +243,14 @@ def _trace_in_words(section: Config) -> str:
 
 
 def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evaluation:
-  """`(params, keys [b], x) -> {"bound": [b], ..}`: the variational bound on what `make_log_likelihood` evaluates."""
+  """`(params, keys [b], batch) -> {"bound": [b], ..}`: the bound on what `make_log_likelihood` evaluates."""
   levels, process, t0 = source.levels, factory.make_process(config, params), config["likelihood"].get("t0")
   bound = losses.bound(process, factory.make_prediction(config), _levels(config, source), t0=t0)
   average, apply = losses.averaged(bound, draws), factory.make_apply(config)
-  dtype = options.likelihood(config).dtype
+  dtype, cond = options.likelihood(config).dtype, factory.make_cond(config, source)
 
-  def run(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
+  def run(params: Any, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    x = batch["x"]
     data_key, bound_key = keys.split(keys.fold_in(key, 0))  # as the first draw of bits_per_dim
     if levels is not None and _levels(config, source) is None:
       x = likelihood.dequantize(data_key, x, levels).astype(dtype)
@@ -245,7 +258,7 @@ def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evalu
     else:
       x, offset = x if levels is not None else x.astype(dtype), 0.0
     network = functools.partial(apply, factory.network_params(config, params))
-    nats, aux = average(bound_key, x, network)
+    nats, aux = average(bound_key, x, network, cond(batch))
     unit = math.prod(source.shape) * math.log(2) if levels is not None else -1.0
     return {"bound": (nats + offset) / unit, "bound_standard_error": jnp.abs(aux["standard_error"] / unit)}
 

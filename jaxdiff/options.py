@@ -31,6 +31,7 @@ def _at_least(path: str, settings: Any, least: int, *names: str) -> None:
 
 
 def check_seed(path: str, seed: Any) -> None:
+  """Refuse a seed that is no 32-bit number."""
   if not 0 <= seed < 2**32:
     raise ConfigError(f"config.{path} must be an integer from 0 to 2**32 - 1, got {seed!r}")
 
@@ -52,6 +53,10 @@ def train(config: Config) -> TrainSettings:
       )
   for length in settings.ema_lengths:
     schema.construct(ema.exponent, {}, "train.ema_lengths", length=length)
+  if not 0 <= settings.drop_conditions <= 1:
+    raise ConfigError(f"config.train.drop_conditions must be in [0, 1], got {settings.drop_conditions}")
+  if settings.drop_conditions and not config["network"].get("conditions"):
+    raise ConfigError("config.train.drop_conditions needs config.network.conditions; there are none")
   if not 0 <= settings.ema_decay < 1:
     raise ConfigError(f"config.train.ema_decay must be in [0, 1), got {settings.ema_decay}")
   return settings
@@ -67,6 +72,7 @@ def sample(config: Config) -> SampleSettings:
   settings = schema.component("sample", config["sample"])
   _at_least("sample", settings, 1, "num", "batch_size", "trajectories")
   check_seed("sample.seed", settings.seed)
+  _check_split(config, "sample", settings.split)
   _check_length("sample", settings.ema_length)
   return settings
 

@@ -33,6 +33,8 @@ class TrainSettings:
   On the devices: `launcher` is what spreads a step over them; `fsdp` how many share one copy of the state (jit alone);
   `microbatches` the parts that a batch is worked through in; `steps_per_dispatch` the steps of one call.
 
+  `drop_conditions` is the probability with which an example is trained without its conditions.
+
   `keep` of the newest checkpoints stay and every `keep_every`-th step. `max_skipped` steps in a row may be without
   finite loss and gradient. `wandb` is a project to report to.
   """
@@ -47,6 +49,7 @@ class TrainSettings:
   microbatches: int = 1
   steps_per_dispatch: int = 1
   max_skipped: int = 10
+  drop_conditions: float = 0.0
   log_every: int = 50
   checkpoint_every: int = 500
   keep: int = 3
@@ -62,6 +65,7 @@ class TrainSettings:
 class SampleSettings:
   """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
 
+  Where the model has conditions, sample k is given those of example k of the `split`.
   `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
   `ema_length` is the relative width of a power-function average, made of the snapshots of the run; None for the usual
   average.
@@ -69,6 +73,7 @@ class SampleSettings:
 
   num: int = 100
   batch_size: int = 100
+  split: str = "test"
   trajectories: int = 6
   seed: int = 0
   threshold: Literal["none", "static", "dynamic"] = "none"
@@ -150,7 +155,8 @@ SECTIONS: Mapping[str, Section] = {
   "loss.weight": Section(components.WEIGHTS),
   "loss.time": Section(components.TIMES),
   "loss.divergence": Section(components.DIVERGENCES),
-  "network": Section(components.NETWORKS, given=("parent", "name")),
+  "network": Section(components.NETWORKS, given=("parent", "name"), parts={"conditions": "conditions"}),
+  "network.conditions.*": Section(components.CONDITIONS, given=("dtype",)),
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),
@@ -177,11 +183,21 @@ def nearest(word: str, words: Any) -> str:
   return f"{hint}valid: {', '.join(names)}"
 
 
+def section_at(path: str) -> Section:
+  """What the section at `path` may hold; a condition may have any name."""
+  return SECTIONS[path if path in SECTIONS else f"{path.rpartition('.')[0]}.*"]
+
+
+def exists(path: str) -> bool:
+  """Whether there can be a section at `path`."""
+  return path in SECTIONS or f"{path.rpartition('.')[0]}.*" in SECTIONS or f"{path}.*" in SECTIONS
+
+
 def constructors(path: str, section: Any) -> tuple[Constructor, ...]:
   """What the section at `path` makes; for a component, as its `type` says."""
   if not isinstance(section, Mapping):
     raise ConfigError(f"config.{path} must be a section, a ConfigDict or dict of fields; got {section!r}")
-  makes = SECTIONS[path].makes
+  makes = section_at(path).makes
   if isinstance(makes, tuple):
     return makes
   if "type" not in section:
@@ -199,14 +215,14 @@ def _arguments(path: str, section: Any) -> dict[str, inspect.Parameter]:
 
 def parameters(path: str, section: Any) -> dict[str, inspect.Parameter]:
   """The fields of the section at `path`, sections within it not among them."""
-  taken = (*SECTIONS[path].given, *SECTIONS[path].parts)
+  taken = (*section_at(path).given, *section_at(path).parts)
   return {name: argument for name, argument in _arguments(path, section).items() if name not in taken}
 
 
 def subsections(path: str, section: Any) -> list[str]:
   """The names of the sections within the section at `path`."""
   arguments = _arguments(path, section)
-  return [name for argument, name in SECTIONS[path].parts.items() if argument in arguments]
+  return [name for argument, name in section_at(path).parts.items() if argument in arguments]
 
 
 def resolved(path: str, section: Mapping[str, Any]) -> Config:
@@ -217,13 +233,19 @@ def resolved(path: str, section: Mapping[str, Any]) -> Config:
 
 def check_name(path: str, section: Any, name: str) -> None:
   """Refuse a field that the section at `path` cannot have."""
+  if f"{path}.*" in SECTIONS:
+    return
   valid = [*parameters(path, section), *subsections(path, section)]
-  if name not in valid and not (name == "type" and isinstance(SECTIONS[path].makes, Mapping)):
+  if name not in valid and not (name == "type" and isinstance(section_at(path).makes, Mapping)):
     raise ConfigError(f"config.{path}.{name} does not exist; {nearest(name, valid)}")
 
 
 def check_section(path: str, section: Any) -> None:
   """Refuse a section with unknown fields, missing ones, or values of another type; sections within it included."""
+  if f"{path}.*" in SECTIONS:
+    for name, part in section.items():
+      check_section(f"{path}.{name}", part)
+    return
   fields = parameters(path, section)
   for name in section:
     check_name(path, section, name)

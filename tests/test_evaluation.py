@@ -97,7 +97,9 @@ def test_likelihoods_do_not_depend_on_batch_size_or_devices(devices, tmp_path):
   source = from_arrays(np.asarray(gaussian().sample(jax.random.key(0), 10)))
   log_prob = jd.likelihood.log_prob(jd.VP(), rtol=1e-4, atol=1e-4)
   mesh = parallel.make_mesh(jax.local_devices()[:devices])
-  one_batch = lambda params, key, x: log_prob(key, x, score_of(params))._asdict() | {"status": jnp.zeros(len(x))}
+  one_batch = lambda params, key, batch: (
+    log_prob(key, batch["x"], score_of(params))._asdict() | {"status": jnp.zeros(key.shape)}
+  )
 
   def run(count, batch, mesh):
     evaluate = runs.evaluator(one_batch, jnp.float32(1.0), source, batch, 3, mesh)

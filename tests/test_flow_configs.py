@@ -84,7 +84,7 @@ def test_samples_and_densities_are_those_of_the_flow(params):
   sample = jax.jit(lambda p: flow.sample(prior_key, (16, 2), field_of(p)))(params)
   np.testing.assert_allclose(drawn["x"], sample.x, atol=1e-3)
   keys, x = jd.example_keys(KEY, 0, 16), jnp.asarray(drawn["x"])
-  got = jax.jit(objectives.make_log_likelihood(CONFIG, params, POINTS))(params, keys, x)
+  got = jax.jit(objectives.make_log_likelihood(CONFIG, params, POINTS))(params, keys, {"x": x})
   expected = jax.jit(lambda p: flow.log_prob(keys, x, field_of(p)))(params)
   np.testing.assert_allclose(got["value"], expected.value, rtol=1e-5)
   assert jnp.std(got["value"]) > 0.1
@@ -94,7 +94,7 @@ def test_samples_and_densities_are_those_of_the_flow(params):
 def test_bits_per_dim_of_integers(params):
   """-log p of uniformly dequantized values, in bits, with cells of width 1/2 in [-1, 1]."""
   keys, x = jd.example_keys(KEY, 0, 16), jnp.asarray(INTEGERS.gather(np.arange(16))["x"])
-  got = jax.jit(objectives.make_log_likelihood(CONFIG, params, INTEGERS))(params, keys, x)
+  got = jax.jit(objectives.make_log_likelihood(CONFIG, params, INTEGERS))(params, keys, {"x": x})
   draw_key, probe_key = jd.keys.split(jd.keys.fold_in(keys, 0))
   z = jd.likelihood.dequantize(draw_key, x, 4)
   flow = jd.flow.cnf(divergence=jd.divergence.exact(), t1=0.5, **TOLERANCES)

@@ -217,7 +217,7 @@ def test_in_float64_all_of_the_network_and_the_process_is_float64(kind):
     with options.precision(chosen):
       chosen, wide = options.in_precision(chosen, params)
       one_batch = objectives.make_log_likelihood(chosen, wide, source)
-      return jax.make_jaxpr(one_batch)(wide, keys.example_keys(jax.random.key(0), 0, 2), source.gather([0, 1])["x"])
+      return jax.make_jaxpr(one_batch)(wide, keys.example_keys(jax.random.key(0), 0, 2), source.gather([0, 1]))
 
   assert types_of_sums(program("float64").jaxpr) == {"float64"}
   if kind == "MLP":
@@ -293,9 +293,9 @@ def test_failed_examples_are_counted_and_in_no_mean(continuous, capsys):
 
 def test_a_value_that_is_not_finite_has_failed(continuous, capsys, monkeypatch):
   def broken(config, params, source, seen):
-    zeros = lambda x: jnp.zeros(len(x))
+    zeros = lambda batch: jnp.zeros(len(batch["x"]))
     names = ("standard_error", "dequantization_error", "nfe", "code", "accepted")
-    return lambda params, key, x: {"value": zeros(x) / zeros(x), **{name: zeros(x) for name in names}}
+    return lambda params, key, batch: {"value": zeros(batch) / zeros(batch), **{name: zeros(batch) for name in names}}
 
   monkeypatch.setattr(objectives, "make_log_likelihood", broken)
   assert "is not finite" in fails(1, capsys, f"--workdir={continuous}", "--seed=9")

@@ -170,7 +170,8 @@ def test_emoji_are_on_white_with_category_and_text(emoji):
       expected = (raw[..., :3] * alpha + 255 * (1 - alpha)).reshape(16, 4, 16, 4, 3).mean((1, 3))
       np.testing.assert_allclose(x, expected, atol=1.5)  # rounded more than once
       number = int(text["file"].split("-")[0].removesuffix(".png")[1:])
-      assert (text["name"], text["text"]) == (f"name_{number}", f"name {number}")
+      skin = f", {' and '.join(text['skin_tones'])} skin" if text["skin_tones"] else ""
+      assert (text["name"], text["text"]) == (f"name_{number}", f"name {number}{skin}")
       assert label == number % 2 == int(text["category"][-1])
       assert len(text["skin_tones"]) == text["file"].count("1F3F")
 

@@ -32,10 +32,10 @@ def sample(config: Config, workdir: Path) -> None:
   source, params, step = rundir.load(workdir, config, settings.ema_length)
   process = factory.make_process(config, params)
   score = _thresholded(factory.make_score(config), process, settings.threshold)
-  sampler = factory.make_sampler(config, process)
+  sampler, given = factory.make_sampler(config, process), factory.make_given(config, settings.split)
   console.say(f"sampling from step {step} by {config['sampler']['type']}")
   drawn = runs.draw(
-    score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh
+    score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh, given
   )
   if not console.first_process():
     return status.check(drawn["code"], drawn["accepted"])
@@ -44,13 +44,14 @@ def sample(config: Config, workdir: Path) -> None:
   status.check(drawn["code"], drawn["accepted"])
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
   if console.can_be_shown(source):
-    shown = source.gather(np.arange(min(len(source), settings.num)))["x"]
+    beside = source if given is None else given.source
+    shown = beside.gather(np.arange(min(len(beside), settings.num)))["x"]
     pictures.save_samples(workdir / "samples.png", drawn["x"], shown)
     if factory.has_path(config):
       count = max(_ANIMATED if settings.gif else 0, settings.trajectories)
       with_path = factory.make_sampler(config, process, path=_path(sampler))
       paths = runs.trajectories(
-        score(params), process, with_path, source.shape, min(count, settings.num), settings.seed
+        score(params), process, with_path, source.shape, min(count, settings.num), settings.seed, given
       )
       _show_paths(workdir, source, paths, settings)
   console.list_files(
@@ -158,8 +159,10 @@ def _draw_in_chunks(
   """The samples, and what they depend on."""
   process = factory.make_process(config, params)
   sampler, size = factory.make_sampler(config, process), settings.batch_size
-  draw = runs.drawer(factory.make_score(config), params, process, sampler, source.shape, size, settings.seed, mesh)
+  given, score = factory.make_given(config, settings.split), factory.make_score(config)
+  draw = runs.drawer(score, params, process, sampler, source.shape, size, settings.seed, mesh, given)
   facts = {name: config[name] for name in ("sde", "prediction", "network", "sampler")}
+  facts |= {} if given is None else {"given": given.source.content_hash}
   identity = chunks.identify(params, seed=settings.seed, **facts)
 
   def batch(start: int) -> dict[str, np.ndarray]:

@@ -174,13 +174,13 @@ def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWrit
   size = console.batch_size(settings.batch_size, count, launcher.mesh.size)
   objective = objectives.make_objective(config, held_out, training=False)
 
-  def one_batch(params: Any, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
+  def one_batch(params: Any, key: jax.Array, batch: objectives.Batch) -> dict[str, jax.Array]:
     loss_key, time_key, bound_key = keys.split(key, 3)
-    loss, aux = objective(params, loss_key, {"x": x, "u": keys.uniform(time_key, (len(x),))})
+    loss, aux = objective(params, loss_key, {**batch, "u": keys.uniform(time_key, key.shape)})
     values = {"validation_loss": loss, "validation_loss_per_dim": aux["loss_per_dim"]}
     if not options.is_flow(config):
       bound = objectives.make_bound(config, params, held_out, _BOUND_DRAWS)
-      values["validation_bound"] = bound(params, bound_key, x)["bound"]
+      values["validation_bound"] = bound(params, bound_key, batch)["bound"]
     return values
 
   evaluate = runs.evaluation(one_batch, held_out, size, config["seed"], launcher.mesh)
@@ -205,11 +205,13 @@ def _sampling(
 ) -> training.Hook:
   """Draws samples of the average into a picture a step, and shows it."""
   settings, mesh = options.sample(config), launcher.mesh
+  given = factory.make_given(config, settings.split)
+  beside = source if given is None else given.source
 
   def make(params: Any) -> Callable[..., Any]:
     process = factory.make_process(config, params)
     sampler, score = factory.make_sampler(config, process), factory.make_score(config)
-    return runs.sampling(score, process, sampler, source.shape, settings.batch_size, settings.seed, mesh)
+    return runs.sampling(score, process, sampler, source.shape, settings.batch_size, settings.seed, mesh, given)
 
   fixed = make(None) if factory.learned(config) is None else None
 
@@ -220,7 +222,7 @@ def _sampling(
     if console.first_process():
       folder.mkdir(exist_ok=True)
       path = folder / f"{step:08}.png"
-      shown = source.gather(np.arange(min(len(source), settings.num)))["x"]
+      shown = beside.gather(np.arange(min(len(beside), settings.num)))["x"]
       pictures.save_samples(path, np.concatenate(parts)[: settings.num], shown)
       writer.picture(step, "samples", np.asarray(Image.open(path).convert("RGB")))
 

@@ -46,12 +46,37 @@ class ArrayExamples:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CaptionedExamples:
+  """Examples from elsewhere, with their texts, bytes [n, length], in memory."""
+
+  examples: Examples
+  text: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    return {**self.examples[index], "text": self.text[index]}
+
+  def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    return {**gather(self.examples, indices), "text": self.text[indices]}
+
+
+def gather(examples: Examples, indices: np.ndarray) -> dict[str, np.ndarray]:
+  """The examples at `indices` as one batch, by their own method where they have one."""
+  if (own := getattr(examples, "gather", None)) is not None:
+    return own(indices)
+  rows = [examples[int(i)] for i in indices]
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Source:
   """One split of one data set.
 
   Args:
     name: what the data are, for messages and the fingerprint.
-    examples: random access to dicts `{"x": ..., "label": int32 scalar (where known)}`.
+    examples: random access to dicts of `x`, and, where known, `label` (int32 scalar) and `text` (uint8 [length]).
     levels: number of integer levels of `x`; None for continuous data.
     shape: shape of one `x`.
     split: name of the split.
@@ -88,17 +113,14 @@ class Source:
 
   def gather(self, indices: Iterable[int] | np.ndarray) -> dict[str, np.ndarray]:
     """Returns the examples at `indices` as one batch: a dict of arrays with a leading axis [b]."""
-    indices = np.asarray(indices)
-    if (gather := getattr(self.examples, "gather", None)) is not None:
-      return gather(indices)
-    rows = [self.examples[int(i)] for i in indices]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return gather(self.examples, np.asarray(indices))
 
 
 def from_arrays(
   x: np.ndarray,
   label: np.ndarray | None = None,
   *,
+  text: np.ndarray | None = None,
   levels: int | None = None,
   name: str = "arrays",
   split: str = "train",
@@ -108,12 +130,13 @@ def from_arrays(
   Args:
     x: integers [n, h, w, c] or [n, d] in 0..levels-1, or real numbers [n, ...] with `levels=None`.
     label: integers [n], optional.
+    text: bytes uint8 [n, length] of `encode_text`, optional.
     levels: number of integer levels; None for continuous data, which are kept as float32.
     name: what the data are.
     split: name of the split.
 
   Returns:
-    A source whose `x` is uint8, uint16 or uint32 (by `levels`) or float32, and whose `label` is int32.
+    A source whose `x` is uint8, uint16 or uint32 (by `levels`) or float32, whose `label` is int32, whose `text` uint8.
 
   Raises:
     ValueError: values that are not finite or not levels, a wrong shape or type, an empty split.
@@ -131,6 +154,9 @@ def from_arrays(
   arrays = {"x": _read_only(x if levels is None else x.astype(np.min_scalar_type(levels - 1)))}
   if label is not None:
     arrays["label"] = _read_only(_int32_label(label, len(x), name))
+  if text is not None:
+    check_text(text, len(x), name)
+    arrays["text"] = _read_only(text)
   return Source(name, ArrayExamples(arrays), levels, x.shape[1:], split, _content_hash(arrays))
 
 
@@ -237,6 +263,15 @@ def _int32_label(label: np.ndarray, count: int, name: str) -> np.ndarray:
   if count and not limits.min <= int(label.min()) <= int(label.max()) <= limits.max:
     raise ValueError(f"label: {name!r} has labels from {label.min()} to {label.max()}, which do not fit int32")
   return label.astype(np.int32)
+
+
+def check_text(text: np.ndarray, count: int, name: str) -> None:
+  """Refuses texts that are not bytes [count, length]."""
+  if text.dtype != np.uint8 or text.ndim != 2 or len(text) != count:
+    raise ValueError(
+      f"text: {name!r} has texts {text.dtype}{list(text.shape)}; expected uint8 [{count}, length], as "
+      "data.text.encode_text makes it of strings"
+    )
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

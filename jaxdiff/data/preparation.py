@@ -103,7 +103,7 @@ def emoji(raw: Path, output: Path, size: int = 64) -> Manifest:
   """The emoji of Noto (the package emoji-datasource-google): RGB on white, labelled by category, with their names.
 
   An emoji, its skin tones, its older forms and those that look the same are all in one split. The files train.jsonl
-  and test.jsonl hold the names in the order of the examples.
+  and test.jsonl hold captions such as "woman scientist, medium-dark skin" in the order of the examples.
 
   Args:
     raw: the unpacked package, with emoji.json and img/google/64.
@@ -155,9 +155,10 @@ def _emoji_texts(bases: list[dict[str, Any]]) -> tuple[list[dict], list[dict], l
     for tones, entry in (("", base), *base.get("skin_variations", {}).items()):
       if not entry["has_img_google"]:
         continue
-      text = {"file": entry["image"], "name": base["short_name"], "text": base["name"].lower()}
-      text |= {"category": base["category"], "subcategory": base["subcategory"]}
-      texts.append(text | {"skin_tones": [_SKIN_TONES[tone] for tone in tones.split("-") if tone]})
+      skin = [_SKIN_TONES[tone] for tone in tones.split("-") if tone]
+      said = base["name"].lower() + (f", {' and '.join(skin)} skin" if skin else "")
+      text = {"file": entry["image"], "name": base["short_name"], "text": said}
+      texts.append(text | {"category": base["category"], "subcategory": base["subcategory"], "skin_tones": skin})
       links.append((len(entries), first.setdefault(base["unified"], len(entries))))
       entries.append(entry)
   for base in bases:

@@ -93,6 +93,27 @@ class Records:
     return batch
 
 
+def read_texts(folder: Path, manifest: Manifest, split: str) -> list[str]:
+  """What is said of each example of a split: the `text` of every line, in order.
+
+  Raises:
+    ValueError: the split has no texts, or a line has none.
+  """
+  about = manifest.splits[split].texts
+  if about is None:
+    raise ValueError(f"path: {folder} has no captions of {split!r}; set text_length=0, or prepare data that have them")
+  lines = (folder / about.name).read_text(encoding="utf-8").split("\n")[:-1]
+  if len(lines) != manifest.splits[split].count:
+    raise ValueError(f"path: {folder / about.name} has {len(lines)} lines for {manifest.splits[split].count} examples")
+  texts = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      texts.append(json.loads(line)["text"] + "")
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"path: {folder / about.name} has no text in line {number} ({error!r})") from error
+  return texts
+
+
 class Part(NamedTuple):
   """A split to be written.
 

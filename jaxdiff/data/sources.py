@@ -11,7 +11,8 @@
 | `from_arrays` | arrays of your program | integers or float32 | you name it |
 
 All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation depends
-on the seed and the number of examples only, so train and test never overlap while both stay the same.
+on the seed and the number of examples only, so train and test never overlap while both stay the same. With a
+`text_length`, `npz` and `array_record` hand out captions, too: `text`, bytes of that length (see `data.text`).
 """
 
 import difflib
@@ -25,6 +26,8 @@ import numpy as np
 from jaxdiff.data import manifest as manifests
 from jaxdiff.data.examples import (
   SPLITS,
+  CaptionedExamples,
+  Examples,
   Source,
   check_choice,
   from_arrays,
@@ -33,7 +36,8 @@ from jaxdiff.data.examples import (
   validate,
 )
 from jaxdiff.data.images import list_images, read_image
-from jaxdiff.data.prepared import Records
+from jaxdiff.data.prepared import Records, read_texts
+from jaxdiff.data.text import encode_text
 from jaxdiff.data.toys import toy2d
 
 __all__ = ["Source", "array_record", "digits", "from_arrays", "image_folder", "npz", "tfds_source", "toy2d", "validate"]
@@ -66,12 +70,20 @@ def digits(split: str, held_out: int = 360, seed: int = 0) -> Source:
   return from_arrays(x, label[rows], levels=17, name="digits", split=split)
 
 
-def npz(split: str, path: str | Path, levels: int | None = None, test_fraction: float = 0.1, seed: int = 0) -> Source:
+def npz(
+  split: str,
+  path: str | Path,
+  levels: int | None = None,
+  test_fraction: float = 0.1,
+  seed: int = 0,
+  text_length: int = 0,
+) -> Source:
   """Your own arrays in a `.npz` file.
 
-  The file holds either `x_train` and `x_test` (labels, if any, in `label_train` and `label_test`), or one array `x`
-  (labels in `label`), which a permutation of `seed` splits. Arrays have a leading example axis. Pickled objects are
-  refused.
+  The file holds either `x_train` and `x_test` (labels, if any, in `label_train` and `label_test`, captions in
+  `text_train` and `text_test`), or one array `x` (labels in `label`, captions in `text`), which a permutation of `seed`
+  splits. Arrays have a leading example axis; captions are strings, or bytes [n, text_length] of `encode_text`. Pickled
+  objects are refused.
 
   Args:
     split: "train" or "test".
@@ -79,13 +91,14 @@ def npz(split: str, path: str | Path, levels: int | None = None, test_fraction: 
     levels: number of integer levels (256 for 8-bit images); None for continuous data.
     test_fraction: share of test examples where the file holds one array.
     seed: seed of that permutation.
+    text_length: bytes of a caption; 0 leaves captions out. A warning says how many are longer and therefore cut.
 
   Returns:
     The split, in memory.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is no archive of arrays, misses `x`, or holds data that `validate` refuses.
+    ValueError: the file is no archive of arrays, misses `x` or captions, or holds data that `validate` refuses.
 
   Example:
     >>> npz("train", "faces.npz", levels=256)  # doctest: +SKIP
@@ -100,15 +113,16 @@ def npz(split: str, path: str | Path, levels: int | None = None, test_fraction: 
   if whole == parts or missing:
     found = ", ".join(arrays) or "nothing"
     raise ValueError(f"path: {path} must hold either x, or x_train and x_test; it holds {found}")
-  if parts:
-    x, label = arrays[f"x_{split}"], arrays.get(f"label_{split}")
-  else:
-    x, label = arrays["x"], arrays.get("label")
-    if x.ndim == 0 or (label is not None and label.shape != x.shape[:1]):
-      raise ValueError(f"path: {path} needs x [n, ...] and label [n]; it holds {_shapes(arrays)}")
+  end = f"_{split}" if parts else ""
+  x, label = arrays[f"x{end}"], arrays.get(f"label{end}")
+  text = _npz_text(arrays, f"text{end}", text_length, path) if text_length else None
+  if whole:
+    more = [array.shape[:1] for array in (label, text) if array is not None]
+    if x.ndim == 0 or any(shape != x.shape[:1] for shape in more):
+      raise ValueError(f"path: {path} needs x [n, ...], label [n] and text [n]; it holds {_shapes(arrays)}")
     rows = split_fraction(split, len(x), test_fraction, seed)
-    x, label = x[rows], None if label is None else label[rows]
-  return from_arrays(x, label, levels=levels, name=f"npz/{path.name}", split=split)
+    x, label, text = x[rows], None if label is None else label[rows], None if text is None else text[rows]
+  return from_arrays(x, label, text=text, levels=levels, name=f"npz/{path.name}", split=split)
 
 
 def image_folder(
@@ -166,7 +180,7 @@ def image_folder(
   return from_arrays(x, label, levels=256, name=f"image_folder/{Path(path).resolve().name}", split=split)
 
 
-def array_record(split: str, path: str | Path) -> Source:
+def array_record(split: str, path: str | Path, text_length: int = 0) -> Source:
   """Data that `jaxdiff data` prepared: array_record files with a manifest, read from disk while training.
 
   The files of the split are compared with the manifest first, byte by byte.
@@ -174,14 +188,17 @@ def array_record(split: str, path: str | Path) -> Source:
   Args:
     split: "train", "test", or what other splits the folder has.
     path: the folder.
+    text_length: bytes of a caption; 0 leaves captions out. A warning says how many are longer and therefore cut.
 
   Returns:
-    Examples of the shape, type and levels that the manifest says, with an int32 label where they have one. The content
-    hash covers all pixels and labels in order, not the files they lie in.
+    Examples of the shape, type and levels that the manifest says, with an int32 label where they have one, and their
+    caption as uint8 [text_length] (of all examples in memory). The content hash covers all pixels, labels and captions
+    that are handed out, in order, not the files they lie in.
 
   Raises:
     FileNotFoundError: the folder holds no manifest.
-    ValueError: an unknown split, a damaged manifest, or a file that is missing or has changed; it is named.
+    ValueError: an unknown split, a damaged manifest, a file that is missing or has changed (it is named), or no
+      captions where `text_length` asks for them.
 
   Example:
     >>> array_record("train", "data/fashion_mnist")  # doctest: +SKIP
@@ -191,7 +208,12 @@ def array_record(split: str, path: str | Path) -> Source:
   check_choice("split", split, manifest.splits)
   manifests.verify(folder, manifest, [split])
   content = manifests.content_hash(manifest, split)
-  return Source(manifest.name, Records(folder, manifest, split), manifest.levels, manifest.shape, split, content)
+  examples: Examples = Records(folder, manifest, split)
+  if text_length:
+    text = encode_text(read_texts(folder, manifest, split), text_length)
+    examples = CaptionedExamples(examples, text)
+    content = hashlib.sha256(f"{content}:{text.shape}:".encode() + text.tobytes()).hexdigest()[:16]
+  return Source(manifest.name, examples, manifest.levels, manifest.shape, split, content)
 
 
 def tfds_source(split: str, name: str, data_dir: str | Path | None = None) -> Source:
@@ -290,6 +312,20 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     raise ValueError(
       f"path: {path} cannot be read as an .npz archive of plain arrays ({error}); write it with np.savez(path, x=...)"
     ) from error
+
+
+def _npz_text(arrays: dict[str, np.ndarray], name: str, length: int, path: Path) -> np.ndarray:
+  """Captions as bytes."""
+  if (text := arrays.get(name)) is None:
+    raise ValueError(f"path: {path} has no captions {name}; set text_length=0, or write strings under that name")
+  if text.dtype.kind == "U" and text.ndim == 1:
+    return encode_text(text.tolist(), length)
+  if text.dtype != np.uint8 or text.ndim != 2 or text.shape[1] != length:
+    found = f"{text.dtype}{list(text.shape)}"
+    raise ValueError(
+      f"path: {path} has {name} {found}; expected strings [n], or bytes [n, text_length={length}] as uint8"
+    )
+  return text
 
 
 def _shapes(arrays: dict[str, np.ndarray]) -> str:

@@ -4,8 +4,8 @@ Sample k and the likelihood of example k depend on their own key only: batch siz
 The mesh may span several processes, which then all call the same and all get the same.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from jaxdiff import keys, parallel
 from jaxdiff.data.examples import Source
-from jaxdiff.typing import Keys, Params, ScoreFn, State
+from jaxdiff.typing import Cond, Keys, Params, ScoreFn, State
+
+Batch = Mapping[str, Any]
 
 _SAMPLING, _LIKELIHOOD = 2, 3  # streams of a seed; training takes 1
 
@@ -25,6 +27,22 @@ class Prior(Protocol):
   """What has a prior, as every process does."""
 
   def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State: ...
+
+
+class Given(NamedTuple):
+  """Whose conditions the samples have: sample k those of example k, and after the last again of the first.
+
+  Attributes:
+    source: the examples.
+    cond: from a batch of them to the conditions of the network.
+  """
+
+  source: Source
+  cond: Callable[[Batch], Cond]
+
+  def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples of samples of these numbers."""
+    return self.source.gather(numbers % len(self.source))
 
 
 def _sampling_key(seed: int) -> jax.Array:
@@ -39,6 +57,7 @@ def sampling(
   batch_size: int,
   seed: int,
   mesh: Mesh,
+  given: Given | None = None,
 ) -> Callable[[Params, int], dict[str, np.ndarray]]:
   """What draws a batch of samples: from parameters, replicated over the mesh, and the first of the samples to the
   arrays of `draw` for `batch_size`.
@@ -46,17 +65,30 @@ def sampling(
   It is compiled once for all parameters.
   """
 
-  def one_batch(params: Params, example: jax.Array) -> dict[str, jax.Array]:
+  def one_batch(params: Params, example: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     prior_key, path_key = keys.split(example)
-    sample = sampler(path_key, sde.prior_sample(prior_key, (len(example), *shape)), score(params))
+    x_T = sde.prior_sample(prior_key, (len(example), *shape))
+    sample = sampler(path_key, x_T, score(params), {} if given is None else given.cond(batch))
     return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
 
   sharded = parallel.shard_examples(one_batch, mesh)
   run = jax.jit(
-    lambda params, start: sharded(params, keys.example_keys(_sampling_key(seed), start, batch_size)),
+    lambda params, start, batch: sharded(params, keys.example_keys(_sampling_key(seed), start, batch_size), batch),
     out_shardings=parallel.batch_sharding(mesh),
   )
-  return lambda params, start: parallel.to_host(run(params, np.int32(start)))
+
+  def draw(params: Params, start: int) -> dict[str, np.ndarray]:
+    batch = {} if given is None else given.rows(start + np.arange(batch_size))
+    return parallel.to_host(run(params, np.int32(start), _placed(batch, mesh)))
+
+  return draw
+
+
+def _placed(batch: Batch, mesh: Mesh) -> dict[str, Array]:
+  """The rows of a batch on the devices of all processes."""
+  split = parallel.batch_sharding(mesh)
+  place = lambda host: jax.make_array_from_callback(host.shape, split, lambda index: host[index])
+  return {name: place(host) for name, host in batch.items()}
 
 
 def drawer(
@@ -68,9 +100,10 @@ def drawer(
   batch_size: int,
   seed: int,
   mesh: Mesh,
+  given: Given | None = None,
 ) -> Callable[[int], dict[str, np.ndarray]]:
   """`sampling` of one model: from the first of the samples to the arrays."""
-  run = sampling(score, sde, sampler, shape, batch_size, seed, mesh)
+  run = sampling(score, sde, sampler, shape, batch_size, seed, mesh, given)
   params = parallel.replicate(mesh, params)
   return lambda start: run(params, start)
 
@@ -85,6 +118,7 @@ def draw(
   batch_size: int,
   seed: int,
   mesh: Mesh,
+  given: Given | None = None,
 ) -> dict[str, np.ndarray]:
   """Draw `num` samples.
 
@@ -98,11 +132,12 @@ def draw(
     batch_size: how many at a time, divisible by the number of devices.
     seed: of the samples.
     mesh: the devices.
+    given: the conditions, where the model has some.
 
   Returns:
     Arrays `x [num, *shape]`, `nfe [num]`, `code [num]` (0 where the solve succeeded) and `accepted [num]`.
   """
-  batch = drawer(score, params, sde, sampler, shape, batch_size, seed, mesh)
+  batch = drawer(score, params, sde, sampler, shape, batch_size, seed, mesh, given)
   parts = []
   with tqdm(total=num, unit="sample", desc="sampling", disable=None if jax.process_index() == 0 else True) as bar:
     for start in range(0, num, batch_size):
@@ -112,20 +147,27 @@ def draw(
 
 
 def trajectories(
-  score: ScoreFn, sde: Prior, sampler: Callable[..., Any], shape: tuple[int, ...], num: int, seed: int
+  score: ScoreFn,
+  sde: Prior,
+  sampler: Callable[..., Any],
+  shape: tuple[int, ...],
+  num: int,
+  seed: int,
+  given: Given | None = None,
 ) -> np.ndarray:
   """The paths `[n, num, *shape]` of the first `num` samples of `draw`, by the same sampler with its path."""
 
   @jax.jit
-  def run(score: ScoreFn) -> jax.Array:
+  def run(score: ScoreFn, batch: Batch) -> jax.Array:
     prior_key, path_key = keys.split(keys.example_keys(_sampling_key(seed), 0, num))
-    return sampler(path_key, sde.prior_sample(prior_key, (num, *shape)), score).path
+    cond = {} if given is None else given.cond(batch)
+    return sampler(path_key, sde.prior_sample(prior_key, (num, *shape)), score, cond).path
 
-  return np.asarray(run(score))
+  return np.asarray(run(score, {} if given is None else given.rows(np.arange(num))))
 
 
 def evaluation(
-  one_batch: Callable[[Params, Array, Array], dict[str, Array]], source: Source, batch_size: int, seed: int, mesh: Mesh
+  one_batch: Callable[[Params, Array, Batch], dict[str, Array]], source: Source, batch_size: int, seed: int, mesh: Mesh
 ) -> Callable[[Params, int], dict[str, np.ndarray]]:
   """What evaluates a batch of a source: from parameters, replicated over the mesh, and the first of the examples to
   arrays `[batch_size]`.
@@ -133,7 +175,7 @@ def evaluation(
   It is compiled once for all parameters.
 
   Args:
-    one_batch: `(params, keys [b], x [b, *d]) -> arrays [b]`, example by example.
+    one_batch: `(params, keys [b], batch) -> arrays [b]`, example by example.
     source: the examples; a batch beyond their end is filled up by the last one.
     batch_size: how many at a time, divisible by the number of devices.
     seed: of the noise of the evaluation.
@@ -143,22 +185,21 @@ def evaluation(
     `(params, start) -> arrays [batch_size]`, named as those of `one_batch`, and `index`: which examples they are.
   """
   key, sharded = jax.random.fold_in(jax.random.key(seed), _LIKELIHOOD), parallel.shard_examples(one_batch, mesh)
-  split = parallel.batch_sharding(mesh)
   run = jax.jit(
-    lambda params, start, x: sharded(params, keys.example_keys(key, start, batch_size), x), out_shardings=split
+    lambda params, start, batch: sharded(params, keys.example_keys(key, start, batch_size), batch),
+    out_shardings=parallel.batch_sharding(mesh),
   )
 
   def batch(params: Params, start: int) -> dict[str, np.ndarray]:
     rows = start + np.arange(batch_size)
-    host = source.gather(np.minimum(rows, len(source) - 1))["x"]
-    x = jax.make_array_from_callback(host.shape, split, lambda index: host[index])
-    return {**parallel.to_host(run(params, np.int32(start), x)), "index": rows}
+    batch = _placed(source.gather(np.minimum(rows, len(source) - 1)), mesh)
+    return {**parallel.to_host(run(params, np.int32(start), batch)), "index": rows}
 
   return batch
 
 
 def evaluator(
-  one_batch: Callable[[Params, Array, Array], dict[str, Array]],
+  one_batch: Callable[[Params, Array, Batch], dict[str, Array]],
   params: Params,
   source: Source,
   batch_size: int,

@@ -5,7 +5,8 @@ discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
 
-`averaged(loss, draws)` evaluates a loss; `weights` and `times` say where it looks; `decoders` are for integers.
+`averaged(loss, draws)` evaluates a loss, `drop_conditions(loss, null, probability)` trains with and without them;
+`weights` and `times` say where a loss looks; `decoders` are for integers.
 """
 
 from jaxdiff.losses import decoders as decoders
@@ -16,6 +17,7 @@ from jaxdiff.losses.bounds import bound as bound
 from jaxdiff.losses.ddpm import ddpm_elbo as ddpm_elbo
 from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
 from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
+from jaxdiff.losses.dropping import drop_conditions as drop_conditions
 from jaxdiff.losses.ffjord import ffjord as ffjord
 from jaxdiff.losses.ncsn import ncsn as ncsn
 from jaxdiff.losses.score_matching import Loss as Loss

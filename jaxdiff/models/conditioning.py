@@ -16,8 +16,8 @@ module encodes its array in the forms that it has for the network:
 | `text.Text(length)` | bytes [b, length] as uint8, the end filled with 0 | vector, tokens | 0 |
 
 An array full of its null says nothing: so is trained, and asked, what the network knows without the condition
-(Ho and Salimans 2022, Classifier-Free Diffusion Guidance). A module of your own with `null`, `__call__(value, x,
-features) -> Encoded` and `check(name, value, x)` is a condition, too.
+(Ho and Salimans 2022, Classifier-Free Diffusion Guidance). A module of your own with `null`, `nothing(x)`,
+`check(name, value, x)` and `__call__(value, x, features) -> Encoded` is a condition, too.
 """
 
 from collections.abc import Mapping
@@ -87,6 +87,16 @@ def null(conditions: Mapping[str, Any]) -> dict[str, float | int]:
   return {name: module.null for name, module in conditions.items()}
 
 
+def nothing(conditions: Mapping[str, Any], x: Array) -> dict[str, Array]:
+  """The null condition of every example of x, with sequences of one.
+
+  Example:
+    >>> jax.tree.map(jnp.shape, nothing({"label": Label(10), "clip": Embedding(512)}, jnp.zeros((2, 8, 8, 3))))
+    {'clip': (2, 512), 'label': (2,)}
+  """
+  return {name: module.nothing(x) for name, module in conditions.items()}
+
+
 def check_names(conditions: Mapping[str, Any], cond: Mapping[str, Array]) -> None:
   """Raises a ValueError for conditions that the network does not have, and for those that are missing."""
   known = ", ".join(sorted(conditions)) or "none: give it `conditions`"
@@ -133,6 +143,9 @@ class Label(nn.Module):
   def null(self) -> int:
     return self.classes
 
+  def nothing(self, x: Array) -> Int[Array, " b"]:
+    return jnp.full(x.shape[:1], self.null, jnp.int32)
+
   def check(self, name: str, value: Array, x: Array) -> None:
     check_array(name, value, x, (), jnp.integer, f"integers [b] from 0 to {self.classes - 1}, null {self.classes}")
 
@@ -156,6 +169,9 @@ class Scalar(nn.Module):
   @property
   def null(self) -> float:
     return float("nan")
+
+  def nothing(self, x: Array) -> Float[Array, " b"]:
+    return jnp.full(x.shape[:1], self.null, jnp.float32)
 
   def check(self, name: str, value: Array, x: Array) -> None:
     check_array(name, value, x, (), jnp.floating, "floats [b], null NaN")
@@ -185,6 +201,9 @@ class Image(nn.Module):
   @property
   def null(self) -> int:
     return 0
+
+  def nothing(self, x: Array) -> Float[Array, "b h w c"]:
+    return jnp.zeros((*x.shape[:3], self.channels))
 
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"floats [b, h, w, {self.channels}] of the size of x or smaller by a whole factor, null 0"
@@ -219,6 +238,9 @@ class Embedding(nn.Module):
   @property
   def null(self) -> int:
     return 0
+
+  def nothing(self, x: Array) -> Float[Array, "b *n f"]:
+    return jnp.zeros((len(x), *(1,) * self.sequence, self.features))
 
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"floats [b, {'n, ' * self.sequence}{self.features}], null 0"
