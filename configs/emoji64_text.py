@@ -1,8 +1,8 @@
 """Text to image: the 3786 emoji of Noto at 32x32, told by their captions. For two CPU cores.
 
-    npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-    jaxdiff data emoji --input=package --output=data/emoji32 --size=32
-    jaxdiff train --config=configs/emoji64_text.py --workdir=runs/emoji_text
+npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
+jaxdiff data emoji --input=package --output=data/emoji32 --size=32
+jaxdiff train --config=configs/emoji64_text.py --workdir=runs/emoji_text
 """
 
 from ml_collections import ConfigDict

@@ -122,6 +122,11 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
   if file is None and not own.exists():
     raise ConfigError(f"{own} does not exist: train first, or give --config=FILE")
   config = factory.read(own) if file is None else load(Path(file).expanduser())
+  if command in ("sample", "likelihood") and schema.is_classifier(config):
+    raise ConfigError(
+      f"{command} is for models that generate, and config.network.type = 'Classifier' says of which class an example "
+      "is: take evaluate, or the --workdir of another run"
+    )
   short = _short(command)
   return override(
     config, {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}

@@ -24,7 +24,8 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --draws=8 --importance --dtype=float64 --variable=log_snr --steps=shared --seed=1;
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
-  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table
+  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table; of a classifier, how often it
+               is right at which noise: accuracy.json, accuracy.png, a table
   data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.

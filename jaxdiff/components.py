@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
-from jaxdiff.models import MLP, RefineNet, UNet, VDMNet, conditioning
+from jaxdiff.models import MLP, Classifier, DiT, RefineNet, UNet, VDMNet, conditioning
 from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
@@ -63,6 +63,11 @@ class CNF:
 
 def vector_field() -> Callable[..., Callable[..., Array]]:
   """The network is the vector field of a flow: from `(apply, params)` to `field(x, t)`, a pytree."""
+  return jax.tree_util.Partial
+
+
+def classes() -> Callable[..., Callable[..., Array]]:
+  """The network is a classifier: from `(apply, params)` to `logits(x, t)`, a pytree."""
   return jax.tree_util.Partial
 
 
@@ -197,6 +202,7 @@ PREDICTIONS: Table = {
   "score": predictions.score,
   "edm": predictions.edm,
   "vector_field": vector_field,
+  "classes": classes,
 }
 LOSSES: Table = {
   "denoising": losses.denoising,
@@ -209,6 +215,7 @@ LOSSES: Table = {
   "ddpm_hybrid": losses.ddpm_hybrid,
   "ddpm_elbo": losses.ddpm_elbo,
   "ffjord": losses.ffjord,
+  "classification": losses.classification,
 }
 PROCESS_OF_LOSS: Mapping[str, str] = {
   "vdm": "VariancePreserving",
@@ -218,6 +225,7 @@ PROCESS_OF_LOSS: Mapping[str, str] = {
   "ddpm_elbo": "DDPM",
 }
 WITH_CNF: Mapping[str, str] = {"prediction": "vector_field", "loss": "ffjord", "sampler": "cnf"}
+WITH_CLASSIFIER: Mapping[str, str] = {"prediction": "classes", "loss": "classification"}
 WEIGHTS: Table = {
   "noise": losses.weights.noise,
   "likelihood": losses.weights.likelihood,
@@ -230,7 +238,14 @@ TIMES: Table = {
   "log_normal": losses.times.log_normal,
   "fixed": losses.times.fixed,
 }
-NETWORKS: Table = {"UNet": UNet, "MLP": MLP, "RefineNet": RefineNet, "VDMNet": VDMNet}
+NETWORKS: Table = {
+  "UNet": UNet,
+  "MLP": MLP,
+  "RefineNet": RefineNet,
+  "VDMNet": VDMNet,
+  "DiT": DiT,
+  "Classifier": Classifier,
+}
 CONDITIONS: Table = {
   "label": label,
   "scalar": scalar,

@@ -18,7 +18,7 @@ from jaxdiff import components, divergence, flow, likelihood, options, predictio
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation.runs import Given
 from jaxdiff.losses import decoders
-from jaxdiff.models import MLP, UNet, conditioning
+from jaxdiff.models import conditioning
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
 
@@ -101,6 +101,24 @@ def _check_flow(config: Config) -> None:
     raise ConfigError("config.sample.threshold must be 'none' for config.sde.type = 'CNF', which predicts no data")
 
 
+def _check_classifier(config: Config) -> None:
+  """Refuse a classifier with the parts of a score, and a score with those of a classifier."""
+  for path, due in components.WITH_CLASSIFIER.items():
+    kind, network = config[path]["type"], config["network"]["type"]
+    if schema.is_classifier(config) and kind != due:
+      raise ConfigError(f"config.{path}.type must be {due!r} for config.network.type = 'Classifier', got {kind!r}")
+    if not schema.is_classifier(config) and kind == due:
+      raise ConfigError(f"config.{path}.type = {kind!r} needs config.network.type = 'Classifier', got {network!r}")
+  if schema.is_classifier(config) and options.is_flow(config):
+    raise ConfigError(
+      "config.sde.type = 'CNF' has no noise, which config.network.type = 'Classifier' is to see through"
+    )
+  if schema.is_classifier(config) and options.train(config).sample_every:
+    raise ConfigError(
+      "config.train.sample_every must be 0 for config.network.type = 'Classifier', which has no samples"
+    )
+
+
 def learned(config: Config) -> Any:
   """What of the process is trained: all of its gamma, its interior, or None."""
   section = config["sde"]
@@ -152,7 +170,7 @@ def make_prediction(config: Config) -> Any:
   return schema.component("prediction", config["prediction"])
 
 
-def make_network(config: Config) -> UNet | MLP:
+def make_network(config: Config) -> Any:
   """The linen module."""
   conditions = {name: made.module for name, made in make_conditions(config).items()}
   given = {"conditions": conditions} if conditions else {}
@@ -189,17 +207,22 @@ def make_given(config: Config, split: str) -> Given | None:
 def check_conditions(config: Config, source: Source) -> None:
   """Refuse data that lack what the network is told, or have classes beyond those that it knows."""
   first = source.gather(np.arange(min(len(source), _LOOKED_AT)))
-  for name, made in make_conditions(config).items():
-    path = f"config.network.conditions.{name}"
-    if made.of is None and name not in first:
+  wanted = [
+    (f"config.network.conditions.{name}", name, getattr(made.module, "classes", None))
+    for name, made in make_conditions(config).items()
+    if made.of is None
+  ]
+  if schema.is_classifier(config):
+    wanted.append(("config.network", "label", make_network(config).classes))
+  for path, name, classes in wanted:
+    if name not in first:
       raise ConfigError(f"{path} needs data with {name!r}; {source.name} has {', '.join(sorted(first))}")
-    if (classes := getattr(made.module, "classes", None)) is not None:
-      found = first[name]
-      if not 0 <= found.min() <= found.max() < classes:
-        raise ConfigError(
-          f"{path}.classes = {classes}, but {source.name} has labels from {found.min()} to {found.max()}: labels count "
-          f"from 0, so set classes={found.max() + 1}"
-        )
+    found = first[name]
+    if classes is not None and not 0 <= found.min() <= found.max() < classes:
+      raise ConfigError(
+        f"{path}.classes = {classes}, but {source.name} has labels from {found.min()} to {found.max()}: labels count "
+        f"from 0, so set classes={found.max() + 1}"
+      )
 
 
 def init_params(config: Config, source: Source) -> Any:
@@ -324,11 +347,16 @@ def make_score(config: Config) -> Callable[[Any], Any]:
 def check_components(config: Config) -> None:
   """Build everything that needs no data and no loss."""
   options.check_seed("seed", config["seed"])
-  _check_flow(config)
+  _check_classifier(config)
+  classifier = schema.is_classifier(config)
+  if not classifier:
+    _check_flow(config)
   process = make_process(config)
-  settings = (options.train, options.sample, options.likelihood, options.evaluate)
+  settings = (options.train, options.evaluate, *(() if classifier else (options.sample, options.likelihood)))
   for build in (make_network, make_optimizer_of, *settings):
     build(config)
+  if classifier:
+    return
   make_sampler(config, process)
   with options.precision(config):
     make_log_prob(config, make_process(config))

@@ -97,7 +97,10 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
     loss = fixed if factory.learned(config) is None else make_loss(config, source, params)[0]
     if training and settings.drop_conditions:
       loss = losses.drop_conditions(loss, null, settings.drop_conditions)
-    value, aux = loss(loss_key, x, network, cond(batch), u=batch["u"] if stratified else None)
+    told = cond(batch)
+    if schema.is_classifier(config):
+      return loss(loss_key, x, network, {"label": batch["label"], **told}, u=batch["u"] if stratified else None)
+    value, aux = loss(loss_key, x, network, told, u=batch["u"] if stratified else None)
     return value, {**aux, "loss_per_dim": value / math.prod(source.shape)}
 
   return objective
@@ -111,6 +114,24 @@ def _with_dropout(network: Callable[..., jax.Array], key: jax.Array) -> Callable
     return network(x[None], t[None], train=True, rngs={"dropout": key}, **alone)[0]
 
   return lambda x, t, **cond: jax.vmap(one)(key, x, t, cond)
+
+
+def make_accuracy(config: Config, source: Source, times: jax.Array) -> Evaluation:
+  """`(params, keys [b], batch) -> {"accuracy": [b, k], "nats": [b, k]}` of a classifier at times [k], by one noise."""
+  process, module, cond = factory.make_process(config), factory.make_network(config), factory.make_cond(config, source)
+
+  def run(params: Any, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    data_key, loss_key = keys.split(key)
+    x = batch["x"] if source.levels is None else likelihood.dequantize(data_key, batch["x"], source.levels)
+    network, told = functools.partial(module.apply, params), {"label": batch["label"], **cond(batch)}
+
+    def at(t: jax.Array) -> dict[str, jax.Array]:
+      nats, aux = losses.classification(process, losses.times.fixed(t))(loss_key, x, network, told)
+      return {"accuracy": aux["accuracy"], "nats": nats}
+
+    return jax.tree.map(jnp.transpose, jax.lax.map(at, times))
+
+  return run
 
 
 def dequantization(config: Config, source: Source) -> str | None:

@@ -133,7 +133,8 @@ def evaluate(config: Config) -> EvaluateSettings:
   """The section `evaluate`, which a config may leave out, its numbers in range."""
   settings = schema.component("evaluate", config.get("evaluate", {}))
   _at_least("evaluate", settings, 1, "batch_size", "manifold_k", "coverage_k")
-  _at_least("evaluate", settings, 1 + max(settings.manifold_k, settings.coverage_k), "num")
+  least = 0 if schema.is_classifier(config) else 1 + max(settings.manifold_k, settings.coverage_k)
+  _at_least("evaluate", settings, least, "num")
   _at_least("evaluate", settings, 0, "reference")
   check_seed("evaluate.seed", settings.seed)
   _check_length("evaluate", settings.ema_length)

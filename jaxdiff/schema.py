@@ -109,7 +109,7 @@ class EvaluateSettings:
   examples (0 for all), by which features, and k of the neighbours of precision and recall, density and coverage.
 
   `weights` is the path of the file that the features "mobilenet" and "inception" need. `ema_length` as in
-  `SampleSettings`.
+  `SampleSettings`. Of a classifier: how many held-out examples (0 for all), of which split, how many at a time.
   """
 
   num: int = 1000
@@ -172,6 +172,7 @@ SECTIONS: Mapping[str, Section] = {
   "other": Section(components.SOURCES, given=("split",)),
 }
 OPTIONAL = ("evaluate", "other")
+GENERATIVE = ("sampler", "sample", "likelihood")
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 
@@ -275,12 +276,23 @@ def component(path: str, section: Any, /, **given: Any) -> Any:
   return construct(constructor, fields, path, **given)
 
 
+def is_classifier(config: Config) -> bool:
+  """Whether the run is of a classifier: it has neither samples nor likelihoods."""
+  network = config.get("network")
+  return isinstance(network, Mapping) and network.get("type") == "Classifier"
+
+
 def check_sections(config: Config) -> None:
   """Refuse a config with sections that are unknown, missing or wrong in themselves."""
   for name in config:
     if name not in TOP:
       raise ConfigError(f"config.{name} does not exist; {nearest(name, TOP)}")
-  if missing := [name for name in TOP if name not in config and name not in OPTIONAL]:
+  foreign = GENERATIVE if is_classifier(config) else ()
+  if found := [name for name in foreign if name in config]:
+    raise ConfigError(
+      f"config.{found[0]} is of models that generate; leave it out for config.network.type='Classifier'"
+    )
+  if missing := [name for name in TOP if name not in config and name not in (*OPTIONAL, *foreign)]:
     raise ConfigError(f"config needs {', '.join(missing)}")
   check_type("seed", config["seed"], int)
   for name in TOP[1:]:

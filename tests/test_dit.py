@@ -66,7 +66,7 @@ def test_sizes_are_the_published_ones(make, counts, millions):
   x = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
   t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
   for patch, count, million in zip((2, 4, 8), counts, millions, strict=True):
-    params = jax.eval_shape(make(patch, scan=True).init, jax.random.key(0), x, t, label=label)
+    params = jax.eval_shape(make(patch).clone(scan=True).init, jax.random.key(0), x, t, label=label)
     found = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert found == count
     assert round(found / 1e6) == million

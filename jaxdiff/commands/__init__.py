@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, options, parallel, rundir, samplers, status
+from jaxdiff import factory, options, parallel, rundir, samplers, schema, status
 from jaxdiff.commands import console
+from jaxdiff.commands.classifiers import accuracy
 from jaxdiff.commands.likelihoods import likelihood as likelihood
 from jaxdiff.commands.training import train as train
 from jaxdiff.data.examples import Source
@@ -88,7 +89,12 @@ def _show_paths(workdir: Path, source: Source, paths: np.ndarray, settings: Samp
 
 
 def evaluate(config: Config, workdir: Path) -> None:
-  """Measure samples of the trained model against its data; what was finished before a stop is not done again."""
+  """Measure samples of the trained model against its data; what was finished before a stop is not done again.
+
+  Of a classifier how often it is right.
+  """
+  if schema.is_classifier(config):
+    return accuracy(config, workdir)
   settings, mesh = options.evaluate(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)

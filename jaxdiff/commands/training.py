@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxdiff import factory, keys, objectives, options, parallel, rundir, training
+from jaxdiff import factory, keys, objectives, options, parallel, rundir, schema, training
 from jaxdiff.commands import console
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
@@ -77,7 +77,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
   if stop.signum is not None:
     raise rundir.Stopped(stop.signum, int(state.step))
   if console.first_process():
-    _show_loss(workdir, source)
+    _show_loss(workdir, None if schema.is_classifier(config) else source)
     console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "samples", "config.json")
 
 
@@ -163,12 +163,15 @@ def _hooks(
 
 
 def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWriter) -> training.Hook:
-  """Writes the mean loss of held-out examples and, where there is one, their variational bound, of the average.
+  """Writes the mean loss of held-out examples and, where there is one, their variational bound, of the average; of a
+  classifier how often it is right.
 
   The noise is the same each time, so that the numbers can be compared.
   """
-  settings, split = options.train(config), options.likelihood(config).split
-  config = config | {"likelihood": {**config["likelihood"], "dtype": "float32"}}
+  settings, classifier = options.train(config), schema.is_classifier(config)
+  split = (options.evaluate if classifier else options.likelihood)(config).split
+  if not classifier:
+    config = config | {"likelihood": {**config["likelihood"], "dtype": "float32"}}
   held_out = factory.make_source(config, split)
   count = min(settings.validate_examples, len(held_out))
   size = console.batch_size(settings.batch_size, count, launcher.mesh.size)
@@ -177,6 +180,8 @@ def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWrit
   def one_batch(params: Any, key: jax.Array, batch: objectives.Batch) -> dict[str, jax.Array]:
     loss_key, time_key, bound_key = keys.split(key, 3)
     loss, aux = objective(params, loss_key, {**batch, "u": keys.uniform(time_key, key.shape)})
+    if classifier:
+      return {"validation_loss": loss, "validation_accuracy": aux["accuracy"]}
     values = {"validation_loss": loss, "validation_loss_per_dim": aux["loss_per_dim"]}
     if not options.is_flow(config):
       bound = objectives.make_bound(config, params, held_out, _BOUND_DRAWS)
@@ -229,11 +234,12 @@ def _sampling(
   return run
 
 
-def _show_loss(workdir: Path, source: Source) -> None:
+def _show_loss(workdir: Path, source: Source | None) -> None:
+  """Per dimension of the source, if there is one, and else as it is."""
   records = [record for record in read_metrics(workdir / "metrics.jsonl") if "loss" in record]
   pictures.save_loss(
     workdir / "loss.png",
     [int(record["step"]) for record in records],
-    [record["loss"] / np.prod(source.shape) for record in records],
-    "loss/dim",
+    [record["loss"] / (1 if source is None else np.prod(source.shape)) for record in records],
+    "loss" if source is None else "loss/dim",
   )

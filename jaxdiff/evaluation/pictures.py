@@ -126,6 +126,20 @@ def save_loss(path: Path, steps: Sequence[int], loss: Sequence[float], label: st
   plt.close(figure)
 
 
+def save_accuracy(
+  path: Path, log_snr: Float[np.ndarray, " k"], accuracy: Float[np.ndarray, " k"], chance: float, title: str
+) -> None:
+  """Write how often a classifier is right against the log-SNR of what it sees, with what the commonest class gives."""
+  figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+  axis.plot(log_snr, accuracy, marker="o", linewidth=1, markersize=3)
+  axis.axhline(chance, color="0.5", linestyle="--", linewidth=1, label="the commonest class")
+  axis.set(xlabel="log-SNR, log(alpha^2 / sigma^2)", ylabel="accuracy", ylim=(0, 1), title=title)
+  axis.grid(alpha=0.3)
+  axis.legend()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def save_histograms(path: Path, values: Mapping[str, Float[np.ndarray, " n"]], label: str, title: str) -> None:
   """Write histograms of numbers in one frame and on the same bins, each with its mean; what is not finite is left out.
 

@@ -4,6 +4,7 @@ score matching     denoising, explicit, implicit, sliced          of a process, 
 discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain` and `ddpm.Chain`
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
+-log p(y | x_t)    classification                                 of a classifier of noised data, for guidance
 
 `averaged(loss, draws)` evaluates a loss, `drop_conditions(loss, null, probability)` trains with and without them;
 `weights` and `times` say where a loss looks; `decoders` are for integers.
@@ -14,6 +15,7 @@ from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
 from jaxdiff.losses.bounds import averaged as averaged
 from jaxdiff.losses.bounds import bound as bound
+from jaxdiff.losses.classification import classification as classification
 from jaxdiff.losses.ddpm import ddpm_elbo as ddpm_elbo
 from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
 from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple

@@ -45,7 +45,7 @@ References:
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -55,13 +55,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxdiff.models import conditioning
-from jaxdiff.models.layers import ZERO, check_divisible, check_input, sinusoidal_embedding
+from jaxdiff.models.attention import Implementation, attention
+from jaxdiff.models.layers import ZERO, check_choice, check_divisible, check_input, sinusoidal_embedding
+from jaxdiff.models.remat import CHOICES as REMAT_CHOICES
+from jaxdiff.models.remat import Remat, rematerialized
 
 _SINUSOIDS = 256
-_POLICIES: dict[str, Callable[..., Any]] = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 _XAVIER = nn.initializers.xavier_uniform()
 _SMALL = nn.initializers.normal(0.02)
 
@@ -100,20 +99,6 @@ def position_embedding(rows: int, columns: int, features: int) -> Float[np.ndarr
   return np.concatenate(waves, axis=-1)
 
 
-def _attend(
-  query: Float[Array, "b n h c"],
-  key: Float[Array, "b m h c"],
-  value: Float[Array, "b m h c"],
-  mask: Bool[Array, "b m"] | None = None,
-) -> Float[Array, "b n d"]:
-  wide = jnp.promote_types(query.dtype, jnp.float32)
-  logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide) * (query.shape[-1] ** -0.5)
-  if mask is not None:
-    logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(wide).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum("bhqk,bkhc->bqhc", weights, value).reshape(*query.shape[:2], -1)
-
-
 class Block(nn.Module):
   """Attention, cross-attention where there are tokens, and a perceptron; the identity at initialization.
 
@@ -122,12 +107,14 @@ class Block(nn.Module):
     mlp_ratio: hidden width of the perceptron by that of the input.
     dtype: type of the computation.
     param_dtype: type of the parameters.
+    implementation: see `attention`.
   """
 
   heads: int
   mlp_ratio: float = 4.0
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
+  implementation: Implementation = "xla"
 
   @nn.compact
   def __call__(
@@ -140,14 +127,15 @@ class Block(nn.Module):
     e = h.shape[-1]
     split = lambda y, parts: jnp.split(y, parts, axis=-1)
     heads = lambda y: y.reshape(*y.shape[:2], self.heads, e // self.heads)
+    attend = lambda q, k, v, there=None: attention(q, k, v, there, self.implementation).reshape(h.shape)
     parts = split(self._dense("modulation", 6 * e, ZERO)(nn.silu(embedding)), 6)
     y = self._dense("query_key_value", 3 * e)(_modulated(h, *parts[:2]))
-    y = _attend(*(heads(part) for part in split(y, 3)))
+    y = attend(*map(heads, split(y, 3)))
     h = h + parts[2][:, None, :] * self._dense("attention_output", e)(y)
     if tokens is not None:
       query = heads(self._dense("cross_query", e)(_norm(h)))
       key, value = (heads(part) for part in split(self._dense("cross_key_value", 2 * e)(tokens), 2))
-      h = h + self._dense("cross_output", e, ZERO)(_attend(query, key, value, mask))
+      h = h + self._dense("cross_output", e, ZERO)(attend(query, key, value, mask))
     y = self._dense("perceptron_1", round(self.mlp_ratio * e))(_modulated(h, *parts[3:5]))
     return h + parts[5][:, None, :] * self._dense("perceptron_2", e)(nn.gelu(y, approximate=True))
 
@@ -182,6 +170,7 @@ class DiT(nn.Module):
     remat: what the backward pass computes again, to save memory: "none"; "full", all within every block, of which only
       the input is kept; "dots", norms, activations and attention weights, while the results of products with weights
       are kept. Parameters, outputs and gradients are the same.
+    attention_implementation: "xla", or "cudnn" for the fused kernel, for bfloat16 on GPUs: see `attention`.
     scan: whether the blocks are one loop of the program, which compiles in the time of one block, with parameters
       `blocks` of a leading axis [depth], or, without, written out one after the other, with parameters `block_0`,
       `block_1` and so on. See `stacked`.
@@ -204,7 +193,8 @@ class DiT(nn.Module):
   conditions: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
-  remat: Literal["none", "dots", "full"] = "none"
+  remat: Remat = "none"
+  attention_implementation: Implementation = "xla"
   scan: bool = False
 
   @nn.compact
@@ -224,7 +214,7 @@ class DiT(nn.Module):
 
     Raises:
       ValueError: if x is not [b, h, w, c], t not [b], h or w not divisible by `patch`, `width` not divisible by 4 or
-        `heads`, `depth` not positive, `remat` none of the three, or a condition missing, unknown or of another shape.
+        `heads`, `depth` not positive, a field none of its choices, or a condition missing, unknown or of another shape.
       TypeError: if x is not of floats, or a condition of another type.
     """
     self._check(x, t)
@@ -248,10 +238,9 @@ class DiT(nn.Module):
     return self._dense("time_2", self.width, _SMALL)(nn.silu(self._dense("time_1", self.width, _SMALL)(h)))
 
   def _blocks(self, h: Array, *context: Array | None) -> Array:
-    block = lambda name: Block(self.heads, self.mlp_ratio, self.dtype, self.param_dtype, name=name)
-    apply = lambda block, h, *context: block(h, *context)
-    if self.remat != "none":
-      apply = nn.remat(apply, policy=_POLICIES[self.remat], prevent_cse=not self.scan)
+    fields = self.heads, self.mlp_ratio, self.dtype, self.param_dtype, self.attention_implementation
+    block = lambda name: Block(*fields, name=name)
+    apply = rematerialized(lambda block, h, *context: block(h, *context), self.remat, within_scan=self.scan)
     if not self.scan:
       for i in range(self.depth):
         h = apply(block(f"block_{i}"), h, *context)
@@ -269,8 +258,8 @@ class DiT(nn.Module):
     check_input(x, t, rank=4, layout="images [b, h, w, c]")
     if self.patch < 1 or self.depth < 1:
       raise ValueError(f"patch={self.patch} and depth={self.depth} must be positive")
-    if self.remat not in ("none", *_POLICIES):
-      raise ValueError(f"remat={self.remat!r}: must be 'none', 'dots' or 'full'")
+    check_choice("remat", self.remat, REMAT_CHOICES)
+    check_choice("attention_implementation", self.attention_implementation, ("xla", "cudnn"))
     check_divisible("width", self.width, "the four waves of the positions", 4)
     check_divisible("width", self.width, "heads", self.heads)
     check_divisible("height of x", x.shape[1], "patch", self.patch)
@@ -291,26 +280,25 @@ def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
   return {"params": tree | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
 
 
-def dit_s(patch: int = 2, classes: int = 1000, **fields: Any) -> DiT:
-  """DiT-S of 12 blocks of width 384, conditioned on `label`; other fields of `DiT` by name."""
-  return _published(patch, 384, 12, 6, classes, fields)
+def dit_s(patch: int = 2, classes: int = 1000) -> DiT:
+  """DiT-S, told `label`; change what you like by `.clone(...)`."""
+  return _published(patch, 384, 12, 6, classes)
 
 
-def dit_b(patch: int = 2, classes: int = 1000, **fields: Any) -> DiT:
-  """DiT-B of 12 blocks of width 768, as `dit_s`."""
-  return _published(patch, 768, 12, 12, classes, fields)
+def dit_b(patch: int = 2, classes: int = 1000) -> DiT:
+  """DiT-B, as `dit_s`."""
+  return _published(patch, 768, 12, 12, classes)
 
 
-def dit_l(patch: int = 2, classes: int = 1000, **fields: Any) -> DiT:
-  """DiT-L of 24 blocks of width 1024, as `dit_s`."""
-  return _published(patch, 1024, 24, 16, classes, fields)
+def dit_l(patch: int = 2, classes: int = 1000) -> DiT:
+  """DiT-L, as `dit_s`."""
+  return _published(patch, 1024, 24, 16, classes)
 
 
-def dit_xl(patch: int = 2, classes: int = 1000, **fields: Any) -> DiT:
-  """DiT-XL of 28 blocks of width 1152, as `dit_s`."""
-  return _published(patch, 1152, 28, 16, classes, fields)
+def dit_xl(patch: int = 2, classes: int = 1000) -> DiT:
+  """DiT-XL, as `dit_s`."""
+  return _published(patch, 1152, 28, 16, classes)
 
 
-def _published(patch: int, width: int, depth: int, heads: int, classes: int, fields: Mapping[str, Any]) -> DiT:
-  usual: dict[str, Any] = {"parts": 2, "conditions": {"label": conditioning.Label(classes)}}
-  return DiT(patch, width, depth, heads, **(usual | dict(fields)))
+def _published(patch: int, width: int, depth: int, heads: int, classes: int) -> DiT:
+  return DiT(patch, width, depth, heads, parts=2, conditions={"label": conditioning.Label(classes)})

@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
@@ -46,19 +45,10 @@ from jaxdiff.models.layers import (
   fourier_features,
   rescaled,
 )
+from jaxdiff.models.remat import CHOICES as REMAT_CHOICES
+from jaxdiff.models.remat import Remat, rematerialized
 from jaxdiff.models.resampling import DownsampleConv, Padding, UpsampleConv, downsample, upsample
 
-
-def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
-  """Keeps convolutions and products with weights, not those of attention, whose size is quadratic in the positions."""
-  products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return primitive is jax.lax.conv_general_dilated_p or products(primitive, *args, **params)
-
-
-_POLICIES: dict[str, Callable[..., Any]] = {
-  "dots": _keep_products,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 _CHOICES = {
   "time_embedding": ("sinusoidal", "fourier"),
   "modulation": ("add", "scale_shift"),
@@ -68,7 +58,7 @@ _CHOICES = {
   "progressive_output": ("none", "output_skip", "residual"),
   "padding": ("SAME", "CIRCULAR"),
   "attention_implementation": ("xla", "cudnn"),
-  "remat": ("none", *_POLICIES),
+  "remat": REMAT_CHOICES,
 }
 
 
@@ -139,7 +129,7 @@ class UNet(nn.Module):
   fourier_levels: int = 0
   parts: int = 1
   dtype: DTypeLike = jnp.float32
-  remat: Literal["none", "dots", "full"] = "none"
+  remat: Remat = "none"
   param_dtype: DTypeLike = jnp.float32
   conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   min_frequency: float = 0.1
@@ -279,21 +269,18 @@ class UNet(nn.Module):
     apply = lambda _, h, embedding: ResidualBlock(features, **self._shared(), **fields)(
       h, embedding, deterministic=not train
     )
-    return self._rematerialized(apply)(self, h, embedding)
+    return rematerialized(apply, self.remat)(self, h, embedding)
 
   def _attend(self, h: Array, encoded: conditioning.Encoded) -> Array:
     fields = self._shared() | {
       "heads": self._heads(h.shape[-1]),
       "implementation": self.attention_implementation,
     }
-    h = self._rematerialized(lambda _, h: SelfAttention(**fields)(h))(self, h)
+    h = rematerialized(lambda _, h: SelfAttention(**fields)(h), self.remat)(self, h)
     if encoded.tokens is None:
       return h
     apply = lambda _, h, tokens, mask: CrossAttention(**fields)(h, tokens, mask)
-    return self._rematerialized(apply)(self, h, encoded.tokens.astype(self.dtype), encoded.mask)
-
-  def _rematerialized(self, apply: Callable[..., Array]) -> Callable[..., Array]:
-    return apply if self.remat == "none" else nn.remat(apply, policy=_POLICIES[self.remat])
+    return rematerialized(apply, self.remat)(self, h, encoded.tokens.astype(self.dtype), encoded.mask)
 
   def _heads(self, features: int) -> int:
     return features // self.head_channels if self.head_channels else self.heads

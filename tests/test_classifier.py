@@ -1,0 +1,181 @@
+"""Classifiers of noised data: the loss has its minimum at the posterior, the network, configs and commands."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import mixture
+
+import jaxdiff as jd
+from jaxdiff.models import Classifier, conditioning
+
+KEY = jax.random.key(0)
+MIXTURE = mixture()
+COUNT = 20_000
+
+
+def components(key):
+  """Examples of the mixture and which component each is of."""
+  pick, noise = jax.random.split(key)
+  label = jax.random.categorical(pick, jnp.log(jnp.asarray(MIXTURE.weights, jnp.float32)), shape=(COUNT,))
+  centers = jnp.asarray(MIXTURE.means, jnp.float32)[label]
+  return centers + MIXTURE.std * jax.random.normal(noise, centers.shape), label
+
+
+def posterior(x, t, temperature=1.0, bias=(0.0, 0.0, 0.0)):
+  """Logits of the exact p(component | x_t)."""
+  alpha, sigma = jd.VP().marginal(t)
+  variance = (alpha**2 * MIXTURE.std**2 + sigma**2)[:, None]
+  away = x[:, None] - alpha[:, None, None] * jnp.asarray(MIXTURE.means, x.dtype)[None]
+  prior = jnp.log(jnp.asarray(MIXTURE.weights, x.dtype)) + jnp.asarray(bias, x.dtype)
+  return (prior[None] - 0.5 * jnp.sum(away**2, axis=-1) / variance) / temperature
+
+
+def test_the_posterior_has_the_least_loss_and_it_is_the_conditional_entropy():
+  x0, label = components(jax.random.key(1))
+  loss = jd.losses.classification(jd.VP())
+  evaluate = jax.jit(
+    lambda temperature, *bias: loss(KEY, x0, lambda x, t: posterior(x, t, temperature, bias), {"label": label})
+  )
+  value, aux = evaluate(1.0, 0.0, 0.0, 0.0)
+
+  other, _ = components(jax.random.key(2))
+  x_t, _ = jd.perturb(jax.random.key(3), other, aux["t"], jd.VP())
+  log_prob = jax.nn.log_softmax(posterior(x_t, aux["t"]), axis=-1)
+  entropy = -jnp.sum(jnp.exp(log_prob) * log_prob, axis=1)
+  error = jnp.sqrt((jnp.var(value) + jnp.var(entropy)) / COUNT)
+  assert jnp.abs(value.mean() - entropy.mean()) < 4 * error
+  right = jnp.max(jnp.exp(log_prob), axis=1)
+  assert jnp.abs(aux["accuracy"].mean() - right.mean()) < 4 * jnp.sqrt((right.var() + aux["accuracy"].var()) / COUNT)
+
+  for fields in ((0.7, 0.0, 0.0, 0.0), (1.5, 0.0, 0.0, 0.0), (1.0, 0.5, 0.0, 0.0), (1.0, 0.0, -0.5, 0.0)):
+    worse = evaluate(*fields)[0] - value  # of the same noised examples
+    assert worse.mean() > 4 * worse.std() / COUNT**0.5, fields
+
+
+def test_examples_depend_on_their_own_keys():
+  x0, label = (value[:8] for value in components(jax.random.key(1)))
+  loss = jd.losses.classification(jd.VP(), time=jd.losses.times.uniform(stratified=False))
+  keys = jd.example_keys(KEY, 0, 8)
+  value, aux = loss(keys, x0, posterior, {"label": label})
+  part, _ = loss(keys[2:5], x0[2:5], posterior, {"label": label[2:5]})
+  np.testing.assert_allclose(part, value[2:5], rtol=1e-6)
+  assert len(np.unique(aux["t"])) == 8
+
+
+def test_the_network_is_told_all_but_the_label():
+  told = {}
+
+  def network(x, t, **cond):
+    told.update(cond)
+    return jnp.zeros((len(x), 3))
+
+  cond = {"label": jnp.array([0, 2]), "age": jnp.ones(2)}
+  value, aux = jd.losses.classification(jd.VP())(KEY, jnp.zeros((2, 3)), network, cond, u=jnp.array([0.1, 0.5]))
+  assert set(told) == {"age"}
+  np.testing.assert_allclose(value, np.log(3), rtol=1e-6)
+  np.testing.assert_array_equal(aux["accuracy"], [1.0, 0.0])  # of equal logits the first is the largest
+
+
+def test_labels_beyond_the_classes_give_nan():
+  network = lambda x, t: jnp.zeros((len(x), 3))
+  value, _ = jd.losses.classification(jd.VP())(KEY, jnp.zeros((3, 2)), network, {"label": jnp.array([-1, 3, 2])})
+  np.testing.assert_array_equal(jnp.isnan(value), [True, True, False])
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+  ("cond", "kind", "message"),
+  [
+    ({}, ValueError, "cond lacks 'label', integers"),
+    ({"label": jnp.zeros(2)}, TypeError, r"cond\['label'\] must be integers \[b\], got float32"),
+    (
+      {"label": jnp.zeros((2, 1), jnp.int32)},
+      ValueError,
+      r"cond\['label'\] must be integers \[b\], got shape \(2, 1\)",
+    ),
+  ],
+)
+def test_wrong_labels_are_refused(cond, kind, message):
+  with pytest.raises(kind, match=message):
+    jd.losses.classification(jd.VP())(KEY, jnp.zeros((2, 2)), lambda x, t: x, cond)
+
+
+def test_a_network_of_scores_is_refused():
+  with pytest.raises(ValueError, match=r"must return logits \[b, classes\] for x \(2, 4, 4, 1\); got \(2, 4, 4, 1\)"):
+    jd.losses.classification(jd.VP())(KEY, jnp.zeros((2, 4, 4, 1)), lambda x, t: x, {"label": jnp.zeros(2, jnp.int32)})
+
+
+NET = Classifier(
+  classes=3,
+  channels=4,
+  attention_levels=(0,),
+  blocks=1,
+  groups=2,
+  heads=2,
+  conditions={
+    "small": conditioning.Image(1),
+    "age": conditioning.Scalar(),
+    "words": conditioning.Embedding(3, sequence=True),
+  },
+)
+X, T = jax.random.normal(jax.random.key(1), (2, 4, 4, 1)), jnp.array([0.1, 0.9])
+COND = {
+  "small": jax.random.normal(jax.random.key(2), (2, 2, 2, 1)),
+  "age": jnp.array([0.1, jnp.nan]),
+  "words": jax.random.normal(jax.random.key(3), (2, 2, 3)),
+}
+
+
+@functools.cache
+def initial():
+  return jax.jit(lambda key: NET.init_with_output(key, X, T, **COND))(KEY)
+
+
+def moved():
+  leaves, tree = jax.tree.flatten(initial()[1])
+  keys = jax.random.split(jax.random.key(4), len(leaves))
+  return tree.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
+def test_the_network_is_undecided_at_first():
+  logits, _ = initial()
+  assert logits.shape == (2, 3)
+  np.testing.assert_array_equal(logits, 0.0)
+
+
+def test_gradients_reach_every_parameter_and_the_image():
+  def loss(params, x):
+    return -jax.nn.log_softmax(NET.clone(remat="full").apply(params, x, T, **COND))[:, 1].sum()
+
+  gradient, of_image = jax.jit(jax.grad(loss, argnums=(0, 1)))(moved(), X)
+  silent = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(gradient) if not jnp.any(g != 0)]
+  assert not silent
+  assert (jnp.abs(of_image) > 0).all()
+
+
+@pytest.mark.standard_promotion
+def test_bfloat16_computes_near_float32():
+  exact, near = (jax.jit(NET.clone(dtype=dtype).apply)(moved(), X, T, **COND) for dtype in (jnp.float32, jnp.bfloat16))
+  assert near.dtype == X.dtype
+  assert 0 < jnp.linalg.norm(near - exact) / jnp.linalg.norm(exact) < 0.02
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+  ("fields", "shape", "message"),
+  [
+    ({"classes": 1}, (2, 4, 4, 1), "classes=1: a classifier needs two or more"),
+    ({"channels": 12}, (2, 4, 4, 1), "channels at level 0=12 is not divisible by groups=8"),
+    ({"heads": 3}, (2, 4, 4, 1), "channels at level 1=16 is not divisible by heads=3"),
+    ({"attention_levels": (2,)}, (2, 4, 4, 1), "there is no level 2, take 0..1"),
+    ({}, (2, 4, 5, 1), "width of x=5 is not divisible by"),
+    ({"remat": "half"}, (2, 4, 4, 1), "remat='half'"),
+  ],
+)
+def test_wrong_arguments_are_named(fields, shape, message):
+  net = Classifier(**({"classes": 3, "channels": 8} | fields))
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(net.init, KEY, jnp.zeros(shape), jnp.zeros(shape[0]))
