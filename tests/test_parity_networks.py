@@ -109,7 +109,9 @@ def test_layouts_on_disk(layout, tmp_path):
   if layout == "old_names":
     files.write(tmp_path / files.NAME, old_names(files.read(tmp_path / files.NAME)))
   elif layout == "pipeline":
-    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "p")
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(prediction_type="v_prediction")).save_pretrained(
+      tmp_path / "p"
+    )
     path = tmp_path / "p"
   elif layout == "file":
     path = tmp_path / files.NAME
@@ -122,7 +124,9 @@ def test_layouts_on_disk(layout, tmp_path):
     model.to(torch.bfloat16).save_pretrained(path)
     rounded = lambda x: jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32)
     layer = ("params", "Conv_0", "kernel")
-    assert (weights.load(path).params[layer[0]][layer[1]][layer[2]] == rounded(expected["params"]["Conv_0"]["kernel"])).all()
+    assert (
+      weights.load(path).params[layer[0]][layer[1]][layer[2]] == rounded(expected["params"]["Conv_0"]["kernel"])
+    ).all()
     return
   loaded = weights.load(path)
   assert loaded.chain.prediction == ("velocity" if layout == "pipeline" else "noise")
@@ -140,7 +144,9 @@ def test_dit(config, tmp_path):
   published = weights.load(tmp_path)
   x, steps, label = images(published.shape), np.array([0, 357, 999]), np.array([0, 4, 5], np.int32)
   with torch.no_grad():
-    theirs = model(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(steps), torch.tensor(label, dtype=torch.int64)).sample
+    theirs = model(
+      torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(steps), torch.tensor(label, dtype=torch.int64)
+    ).sample
   t = jnp.asarray((steps + 1) / 1000, jnp.float32)
   ours = jax.jit(published.network.apply)(published.params, x, t, label=label)
   close(ours, theirs, f"DiTTransformer2DModel {config}")
@@ -150,13 +156,18 @@ def test_dit(config, tmp_path):
 def test_dit_whose_blocks_have_other_embeddings_is_refused(tmp_path):
   model = diffusers.DiTTransformer2DModel(2, 12, num_layers=2, sample_size=8, num_embeds_ada_norm=5)
   random_weights(model).save_pretrained(tmp_path)
-  with pytest.raises(weights.WeightsError, match=r"blocks.1.norm1.emb.class_embedder.embedding_table.weight is not equal"):
+  with pytest.raises(
+    weights.WeightsError, match=r"blocks.1.norm1.emb.class_embedder.embedding_table.weight is not equal"
+  ):
     weights.load(tmp_path)
 
 
 @pytest.mark.parametrize("levels", [(8,), (8, 8, 16)])
 def test_autoencoder(levels, tmp_path):
-  kinds = {"down_block_types": ("DownEncoderBlock2D",) * len(levels), "up_block_types": ("UpDecoderBlock2D",) * len(levels)}
+  kinds = {
+    "down_block_types": ("DownEncoderBlock2D",) * len(levels),
+    "up_block_types": ("UpDecoderBlock2D",) * len(levels),
+  }
   sizes = {"block_out_channels": levels, "layers_per_block": 2, "norm_num_groups": 4, "sample_size": 8}
   model = random_weights(diffusers.AutoencoderKL(**kinds, **sizes, latent_channels=2, scaling_factor=0.5))
   model.save_pretrained(tmp_path)

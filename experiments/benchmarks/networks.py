@@ -4,11 +4,11 @@
     python experiments/benchmarks/networks.py compile
     python experiments/benchmarks/networks.py accelerator --batch=64        # on a GPU
 
-`torch`: forward pass and training step (squared error, SGD) of the DDPM network of CIFAR-10, 35.7M parameters, 16 images
-of 32x32x3, in float32, beside UNet2DModel of diffusers with the same weights, as loaded by `jaxdiff.weights`; in both
-memory formats of torch. Values must agree before times are compared. All run in turns in one process with the same
-number of threads; a ratio is the median over the turns, with its quartiles. --profile adds which operations the step
-spends its time in.
+`torch`: forward pass and training step (squared error, SGD) of the DDPM network of CIFAR-10, 35.7M parameters, 16
+images of 32x32x3, in float32, beside UNet2DModel of diffusers with the same weights, as loaded by `jaxdiff.weights`,
+in both memory formats of torch. Values must agree before times are compared. All run in turns in one process with the
+same number of threads; a ratio is the median over the turns, with its quartiles. --profile adds which operations the
+step spends its time in.
 
 `compile`: seconds to lower and to compile the training step of ADM for ImageNet 64x64 (lowered only, unless --all) and
 of DiT-B/2, its blocks written out and as a loop.
@@ -131,9 +131,8 @@ def beside_torch(batch: int, turns: int, tiny: bool, profile: bool) -> None:
     copy = diffusers.UNet2DModel(**config).eval()
     copy.load_state_dict(there.state_dict())
     calls["forward"][name], calls["step"][name] = torch_calls(copy, format, x, steps, noise)
-    off = np.abs(
-      calls["forward"][name]().permute(0, 2, 3, 1).numpy() - np.asarray(forward(first, data["x"], data["t"]))
-    )
+    theirs = calls["forward"][name]().permute(0, 2, 3, 1).numpy()
+    off = np.abs(theirs - np.asarray(calls["forward"]["jaxdiff"]()))
     if not off.max() < 1e-3:
       raise SystemExit(f"the values differ by {off.max()}")
   count = sum(leaf.size for leaf in jax.tree.leaves(first))

@@ -32,15 +32,15 @@ primitive = Primitive("jaxdiff_convolution")
 
 
 def convolution(
-  lhs: Float[Array, "b h w c"],
-  rhs: Float[Array, "k l c f"],
+  lhs: Float[Array, "b ... c"],
+  rhs: Float[Array, "... _ f"],
   window_strides: Sequence[int],
   padding: str | Sequence[tuple[int, int]],
   **options: Any,
-) -> Float[Array, "b _ _ f"]:
+) -> Float[Array, "b ... f"]:
   """As `jax.lax.conv_general_dilated`, for `flax.linen.Conv(conv_general_dilated=convolution)`.
 
-  Strides, dilations and groups are left to `jax.lax`.
+  Strides, dilations, groups and other ranks than images are left to `jax.lax`.
 
   Example:
     >>> convolution(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), (1, 1), "SAME").shape
@@ -48,11 +48,19 @@ def convolution(
   """
   dilations = [d for name in ("lhs_dilation", "rhs_dilation") for d in options.get(name) or (1,)]
   special = options.get("feature_group_count", 1) != 1 or options.get("precision") is not None
+  special |= options.get("preferred_element_type") is not None or lhs.dtype != rhs.dtype
   if lhs.ndim != 4 or {*window_strides, *dilations} != {1} or special:
     return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **({"dimension_numbers": _ORDER} | options))
   pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding) if isinstance(padding, str) else padding
   top, side = ((int(low), int(high)) for low, high in pads)
+  lhs, rhs = _varying(lhs, rhs), _varying(rhs, lhs)
   return primitive.bind(lhs, rhs, padding=(top, side))
+
+
+def _varying(value: Array, other: Array) -> Array:
+  """The same numbers, varying within `shard_map` along the axes of the other: transposed, the sum over these axes."""
+  missing = tuple(jax.typeof(other).mat.varying - jax.typeof(value).mat.varying)
+  return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def _plain(x: Array, w: Array, *, padding: Padding) -> Array:
@@ -86,11 +94,12 @@ def _kernel_gradient(g: Array, x: Array, w: Any, *, padding: Padding) -> Array:
 
     def band(total: Array, i: Array) -> tuple[Array, None]:
       image = cut(images, 1, i, rows + w.aval.shape[0] - 1)
-      return total + primitive.bind(image, cut(kernels, 0, i, rows), padding=((0, 0), side)), None
+      return total + primitive.bind(image, cut(kernels, 0, i, rows), padding=((0, 0), side)).astype(wide), None
 
-    nothing = jnp.zeros((x.shape[-1], *w.aval.shape[:2], f), g.dtype)
+    wide = jnp.float32 if g.dtype.itemsize < 4 else g.dtype
+    nothing = _varying(jnp.zeros((x.shape[-1], *w.aval.shape[:2], f), wide), g)
     total = band(nothing, jnp.int32(0))[0] if bands == 1 else lax.scan(band, nothing, jnp.arange(bands))[0]
-    return jnp.transpose(total, (1, 2, 0, 3))
+    return jnp.transpose(total, (1, 2, 0, 3)).astype(w.aval.dtype)
 
   def elsewhere(g: Array, x: Array) -> Array:
     return jax.linear_transpose(lambda w: _plain(x, w, padding=padding), w.aval)(g)[0]

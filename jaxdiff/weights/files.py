@@ -20,7 +20,7 @@ _PARTS = ("", "unet", "transformer")  # of a pipeline, where its network may lie
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6)))
 _CONVERT = (
-  "convert it where PyTorch is and the file is trusted: python -c \"import torch, safetensors.torch as s; "
+  'convert it where PyTorch is and the file is trusted: python -c "import torch, safetensors.torch as s; '
   "s.save_file(torch.load('{0}', weights_only=True), '{1}')\""
 )
 
@@ -130,9 +130,9 @@ def _read_one(path: Path) -> Tensors:
     with safetensors.safe_open(path, framework="numpy") as file:
       return {name: _float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, it is no mapping
   except (safetensors.SafetensorError, OSError, struct.error) as error:
-    raise WeightsError(f"{path} cannot be read as safetensors ({error}): it is damaged or cut off, fetch it again") from (
-      error
-    )
+    raise WeightsError(
+      f"{path} cannot be read as safetensors ({error}): it is damaged or cut off, fetch it again"
+    ) from (error)
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
@@ -158,7 +158,9 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise WeightsError(f"{path} cannot be read ({error}): the config.json of a model lies beside its weights") from error
+    raise WeightsError(
+      f"{path} cannot be read ({error}): the config.json of a model lies beside its weights"
+    ) from error
   if not isinstance(value, dict):
     raise WeightsError(f"{path} holds {type(value).__name__} where an object of JSON is expected")
   return value

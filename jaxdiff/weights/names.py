@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxdiff.weights.files import Tensors, WeightsError
 
+
 class Made(NamedTuple):
   """How one of our parameters is made.
 

@@ -70,9 +70,9 @@ def _sizes(settings: Settings) -> dict[str, Any]:
     "norm_epsilon": float(settings.take("norm_eps", 1e-5)),
     "dropout": float(settings.take("dropout", 0.0)),
     "parts": 2 if outputs == 2 * inputs else 1,
-    "modulation": "scale_shift" if settings.only(
-      "resnet_time_scale_shift", "default", "scale_shift"
-    ) == "scale_shift" else "add",
+    "modulation": "scale_shift"
+    if settings.only("resnet_time_scale_shift", "default", "scale_shift") == "scale_shift"
+    else "add",
     "all_biases": True,
     "_inputs": inputs,
   }
