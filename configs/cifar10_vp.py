@@ -6,10 +6,9 @@
     jaxdiff sample --workdir=runs/cifar10
     jaxdiff evaluate --workdir=runs/cifar10 --config.evaluate.features=inception --config.evaluate.weights=FILE
 
-The first command needs TensorFlow, the others do not. The network (128 channels, attention at 16x16, dropout 0.1), Adam
-at 2e-4, batches of 128, 800,000 steps, the average and mirroring are those of DDPM, Appendix B; the preconditioning is
-that of EDM (Karras et al. 2022). Meant for one GPU with 24 GB and several days. No result of a whole training is
-measured yet.
+The first command needs TensorFlow, the others do not. The network, that of `models.presets.ddpm_cifar10`, Adam at 2e-4,
+batches of 128, 800,000 steps, the average and mirroring are those of DDPM, Appendix B; the preconditioning is that of
+EDM (Karras et al. 2022). Meant for one GPU with 24 GB and several days. No result of a whole training is measured yet.
 """
 
 from ml_collections import ConfigDict
@@ -39,6 +38,9 @@ def get_config() -> ConfigDict:
       "groups": 32,
       "dropout": 0.1,
       "max_frequency": 10.0,
+      "modulation": "add",
+      "all_biases": True,
+      "resampling": "conv",
     }
   )
   config.optimizer = ConfigDict(

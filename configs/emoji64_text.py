@@ -1,8 +1,12 @@
 """Text to image: the 3786 emoji of Noto at 32x32, told by their captions. For two CPU cores.
 
-npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-jaxdiff data emoji --input=package --output=data/emoji32 --size=32
-jaxdiff train --config=configs/emoji64_text.py --workdir=runs/emoji_text
+    npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
+    jaxdiff data emoji --input=package --output=data/emoji32 --size=32
+    jaxdiff train --config=configs/emoji64_text.py --workdir=runs/emoji_text
+    jaxdiff sample --workdir=runs/emoji_text
+
+An emoji and its skin tones are all in one split, so the test set is new to the model; sample k is given what belongs
+to test image k. What was measured is in experiments/conditioning.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +16,6 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
   config.data = ConfigDict({"type": "array_record", "path": "data/emoji32", "text_length": 80})
-  config.conditions = ConfigDict({"text": {"type": "text", "length": 80, "width": 64, "layers": 2, "heads": 4}})
   config.sde = ConfigDict({"type": "VP", "beta_min": 0.1, "beta_max": 20.0})
   config.prediction = ConfigDict({"type": "edm", "sigma_data": 0.7})
   config.loss = ConfigDict(
@@ -31,21 +34,34 @@ def get_config() -> ConfigDict:
       "attention_levels": (2,),
       "heads": 4,
       "max_frequency": 10.0,
+      "conditions": {"text": {"type": "text", "length": 80, "width": 64, "layers": 2, "heads": 4}},
     }
   )
   config.optimizer = ConfigDict({"algorithm": "muon", "learning_rate": 4e-3, "warmup_steps": 50, "b2": 0.99})
   config.train = ConfigDict(
     {
       "batch_size": 16,
-      "steps": 1800,
+      "steps": 1600,
       "ema_decay": 0.995,
       "drop_conditions": 0.1,
       "random_flip": False,
       "log_every": 25,
-      "checkpoint_every": 300,
+      "checkpoint_every": 200,
       "keep": 3,
     }
   )
   config.sampler = ConfigDict({"type": "dpm_solver_pp", "grid": {"steps": 30, "kind": "log_snr"}})
   config.sample = ConfigDict({"num": 64, "batch_size": 64, "trajectories": 6, "seed": 0})
+  config.likelihood = ConfigDict(
+    {
+      "divergence": {"type": "hutchinson", "probes": 1},
+      "rtol": 1e-5,
+      "atol": 1e-5,
+      "split": "test",
+      "limit": 0,
+      "batch_size": 40,
+      "seed": 0,
+    }
+  )
+  config.evaluate = ConfigDict({"num": 400, "batch_size": 40, "split": "test", "seed": 0})
   return config

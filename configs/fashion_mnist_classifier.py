@@ -32,15 +32,14 @@ def get_config() -> ConfigDict:
       "channel_multipliers": (1, 2, 4),
       "blocks": 1,
       "heads": 4,
-      "dropout": 0.1,
     }
   )
-  config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100})
+  config.optimizer = ConfigDict({"learning_rate": 3e-3, "warmup_steps": 100})
   config.train = ConfigDict(
     {
       "batch_size": 64,
-      "steps": 3000,
-      "ema_decay": 0.995,
+      "steps": 1500,
+      "ema_decay": 0.99,
       "random_flip": True,
       "log_every": 50,
       "checkpoint_every": 500,

@@ -5,11 +5,10 @@
     jaxdiff train --config=configs/imagenet64.py --workdir=runs/imagenet64 --config.data.data_dir=DIR
     jaxdiff sample --workdir=runs/imagenet64
 
-The first command needs TensorFlow, the others do not. The network (192 channels, 1, 2, 3 and 4 times as many at 64, 32,
-16 and 8 pixels a side, 3 blocks a level, attention at 32, 16 and 8, dropout 0.1), Adam at 3e-4, batches of 2048 and
-540,000 steps are those of ADM, Appendix I. It has 4 heads at every level where ADM has heads of 64 channels, predicts
-no variances, and knows no classes. It computes in bfloat16. Meant for a TPU pod or several nodes of GPUs. No result is
-measured yet. For bits/dim as published on "ImageNet 64x64" take the other reduction of the images,
+The first command needs TensorFlow, the others do not. The network, that of `models.presets.adm_imagenet64`, Adam at
+3e-4, batches of 2048 and 540,000 steps are those of ADM, Appendix I; but it predicts no variances and knows no classes,
+which leaves 295.1 of 295.9 million parameters. It computes in bfloat16. Meant for a TPU pod or several nodes of GPUs.
+No result is measured yet. For bits/dim as published on "ImageNet 64x64" take the other reduction of the images,
 --config.data.name=downsampled_imagenet/64x64.
 """
 
@@ -30,10 +29,14 @@ def get_config() -> ConfigDict:
       "channel_multipliers": (1, 2, 3, 4),
       "blocks": 3,
       "attention_levels": (1, 2, 3),
-      "heads": 4,
+      "head_channels": 64,
       "groups": 32,
       "dropout": 0.1,
       "max_frequency": 10.0,
+      "modulation": "scale_shift",
+      "all_biases": True,
+      "norm_epsilon": 1e-5,
+      "resample_in_blocks": True,
       "dtype": "bfloat16",
     }
   )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
 from jaxdiff.models import MLP, Classifier, DiT, RefineNet, UNet, VDMNet, conditioning
+from jaxdiff.models.text import Text
 from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
@@ -161,6 +162,11 @@ def embedding(features: int, sequence: bool = False, dtype: str = "float32") -> 
   return Condition(conditioning.Embedding(features, sequence, dtype=dtype))
 
 
+def text(length: int, width: int = 128, layers: int = 2, heads: int = 4, dtype: str = "float32") -> Condition:
+  """The caption of the example, of data with as large a `text_length`."""
+  return Condition(Text(length, width, layers, heads, dtype=dtype))
+
+
 def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> Condition:
   """The image itself, smaller by a factor: super-resolution."""
 
@@ -251,6 +257,7 @@ CONDITIONS: Table = {
   "scalar": scalar,
   "image": image,
   "embedding": embedding,
+  "text": text,
   "downsampled": downsampled,
   "greyscale": greyscale,
 }

@@ -1,6 +1,8 @@
 """Classifiers of noised data: the loss has its minimum at the posterior, the network, configs and commands."""
 
 import functools
+import json
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ import pytest
 from oracles import mixture
 
 import jaxdiff as jd
+from jaxdiff import cli, factory, objectives
+from jaxdiff.data.examples import from_arrays
 from jaxdiff.models import Classifier, conditioning
+from jaxdiff.training.metrics import read_metrics
 
 KEY = jax.random.key(0)
 MIXTURE = mixture()
@@ -179,3 +184,124 @@ def test_wrong_arguments_are_named(fields, shape, message):
   net = Classifier(**({"classes": 3, "channels": 8} | fields))
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(net.init, KEY, jnp.zeros(shape), jnp.zeros(shape[0]))
+
+
+CONFIG = {
+  "seed": 0,
+  "data": {"type": "digits"},
+  "sde": {"type": "VP"},
+  "prediction": {"type": "classes"},
+  "loss": {"type": "classification"},
+  "network": {"type": "Classifier", "classes": 10, "channels": 8, "blocks": 1, "groups": 4},
+  "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+  "train": {"batch_size": 16, "steps": 3},
+}
+RNG = np.random.default_rng(0)
+DIGITS = from_arrays(RNG.integers(0, 17, (32, 8, 8, 1)).astype(np.uint8), RNG.integers(0, 10, 32), levels=17)
+
+
+class Fixed:
+  """What stands in for a network: a function without parameters."""
+
+  conditions: ClassVar[dict] = {}
+
+  def __init__(self, logits, classes):
+    self.classes = classes
+    self.apply = lambda params, x, t: logits(x, t)
+
+
+def test_the_objective_hands_the_labels_to_the_loss(monkeypatch):
+  objectives.check(CONFIG)
+  monkeypatch.setattr(factory, "make_network", lambda config: Fixed(lambda x, t: jnp.zeros((len(x), 10)), 10))
+  batch = jax.tree.map(jnp.asarray, DIGITS.gather(np.arange(8))) | {"u": jnp.linspace(0.1, 0.9, 8)}
+  value, aux = objectives.make_objective(CONFIG, DIGITS)({}, jd.example_keys(KEY, 0, 8), batch)
+  np.testing.assert_allclose(value, np.log(10), rtol=1e-6)
+  assert set(aux) == {"accuracy", "t"}
+  np.testing.assert_array_equal(aux["accuracy"], batch["label"] == 0)
+
+
+def test_accuracy_at_each_noise_level_is_that_of_the_loss(monkeypatch):
+  """With the exact posterior in the place of the network: nearly sure without noise, a guess at the end."""
+  monkeypatch.setattr(factory, "make_network", lambda config: Fixed(posterior, 3))
+  points, label = (np.asarray(value[:4000]) for value in components(jax.random.key(1)))
+  source = from_arrays(points, label)
+  run = jax.jit(objectives.make_accuracy(CONFIG, source, jnp.array([1e-3, 1.0])))
+  found = run({}, jd.example_keys(KEY, 0, 4000), jax.tree.map(jnp.asarray, source.gather(np.arange(4000))))
+  assert found["nats"].shape == found["accuracy"].shape == (4000, 2)
+  assert found["accuracy"][:, 0].mean() > 0.99
+  weights = MIXTURE.weights
+  np.testing.assert_allclose(found["accuracy"][:, 1].mean(), weights.max(), atol=0.04)  # standard error 0.008
+  np.testing.assert_allclose(found["nats"][:, 1].mean(), -(weights * np.log(weights)).sum(), atol=0.04)
+
+
+@pytest.mark.parametrize(
+  ("path", "fields", "message"),
+  [
+    ("loss", {"type": "denoising"}, "config.loss.type must be 'classification' for config.network.type = 'Classifier'"),
+    ("prediction", {"type": "noise"}, "config.prediction.type must be 'classes' for config.network.type"),
+    ("sde", {"type": "CNF"}, "config.sde.type = 'CNF' has no noise"),
+    ("sampler", {"type": "ddim"}, "config.sampler is of models that generate; leave it out"),
+    ("train", {"sample_every": 2}, "config.train.sample_every must be 0"),
+    ("network", {"type": "MLP"}, "config needs sample, sampler, likelihood"),
+    ("loss", {"type": "classification", "weight": {"type": "noise"}}, "config.loss.weight does not exist"),
+  ],
+)
+def test_what_does_not_go_together_is_refused(path, fields, message):
+  with pytest.raises(factory.ConfigError, match=message):
+    objectives.check(CONFIG | {path: fields})
+
+
+def test_a_classifier_needs_its_network():
+  generative = {"network": {"type": "MLP"}, "sampler": {"type": "ddim"}, "sample": {}, "likelihood": {}}
+  message = "config.prediction.type = 'classes' needs config.network.type = 'Classifier', got 'MLP'"
+  with pytest.raises(factory.ConfigError, match=message):
+    objectives.check(CONFIG | generative)
+
+
+def test_labels_of_the_data_are_checked_before_training():
+  few = CONFIG | {"network": CONFIG["network"] | {"classes": 9}}
+  with pytest.raises(
+    factory.ConfigError, match="config.network.classes = 9, but .* has labels from 0 to 9.*classes=10"
+  ):
+    objectives.make_objective(few, DIGITS)
+  nameless = from_arrays(np.zeros((4, 8, 8, 1), np.uint8), levels=17)
+  with pytest.raises(factory.ConfigError, match="config.network needs data with 'label'; .* has x"):
+    objectives.make_objective(CONFIG, nameless)
+
+
+def refused(capsys, *argv):
+  with pytest.raises(SystemExit) as exit:
+    cli.main(list(argv))
+  assert exit.value.code == 2
+  return capsys.readouterr().err
+
+
+def test_commands_of_generative_models_are_refused(tmp_path, capsys):
+  factory.write(CONFIG, tmp_path / "config.json")
+  for argv in (["sample"], ["sample", "--num=4"], ["likelihood", "--limit=4"]):
+    error = refused(capsys, *argv, f"--workdir={tmp_path}")
+    assert f"{argv[0]} is for models that generate, and config.network.type = 'Classifier'" in error
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_classifier_learns_digits_through_the_command_line(tmp_path, capsys):
+  config = tmp_path / "digits.py"
+  settings = {"batch_size": 64, "steps": 60, "log_every": 20, "validate_every": 30, "checkpoint_every": 60}
+  made = CONFIG | {"train": settings, "evaluate": {"batch_size": 64, "num": 0}}
+  config.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({made!r})\n")
+  run = tmp_path / "run"
+  cli.main(["train", f"--config={config}", f"--workdir={run}"])
+  records = read_metrics(run / "metrics.jsonl")
+  held_out = [record for record in records if "validation_accuracy" in record]
+  assert [record["step"] for record in held_out] == [30, 60]
+  assert records[0]["loss"] > held_out[-1]["validation_loss"]
+  assert held_out[-1]["validation_accuracy"] > 0.2  # a tenth by chance; half of the times are all but noise
+  cli.main(["evaluate", f"--workdir={run}"])
+  report = json.loads((run / "accuracy.json").read_text())
+  first, last = report["levels"][0], report["levels"][-1]
+  assert first["log_snr"] > last["log_snr"]
+  assert first["accuracy"] > 2 * last["accuracy"]
+  assert abs(last["accuracy"] - report["commonest_class"]) < 0.1
+  assert (run / "accuracy.png").exists()
+  assert f"{first['accuracy']:7.4f} +-" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 from jaxdiff import arguments, cli, factory, objectives
 from jaxdiff.data import prepared, sources
 from jaxdiff.data.manifest import Manifest
+from jaxdiff.models import conditioning
 from jaxdiff.training.metrics import read_metrics
 
 pytestmark = pytest.mark.standard_promotion
@@ -19,10 +20,14 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SHAPES = {
   "fashion_mnist_vp": (28, 28, 1),
   "emoji64": (64, 64, 3),
+  "emoji64_text": (32, 32, 3),
+  "emoji32_colorization": (32, 32, 3),
+  "emoji32_superresolution": (32, 32, 3),
   "cifar10_vp": (32, 32, 3),
   "imagenet64": (64, 64, 3),
 }
-MILLIONS = {"fashion_mnist_vp": 6.5, "emoji64": 48.2, "cifar10_vp": 35.2, "imagenet64": 262.1}
+MILLIONS = {"fashion_mnist_vp": 6.5, "emoji64": 48.2, "cifar10_vp": 35.7, "imagenet64": 295.1}
+MILLIONS |= {"emoji64_text": 1.52, "emoji32_colorization": 0.61, "emoji32_superresolution": 0.61}
 SMALL = (
   "--config.network.channels=8",
   "--config.network.channel_multipliers=(1,1)",
@@ -43,7 +48,7 @@ def train(name, workdir, *argv):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_configs_build_without_their_data(name):
-  """Nothing is computed and nothing allocated: 262 million parameters are shapes alone."""
+  """Nothing is computed and nothing allocated: 295 million parameters are shapes alone."""
   config = arguments.load(CONFIGS / f"{name}.py")
   objectives.check(config)
   source = sources.from_arrays(np.zeros((2, *SHAPES[name]), np.uint8), levels=256)
@@ -53,7 +58,9 @@ def test_configs_build_without_their_data(name):
   assert count == pytest.approx(MILLIONS[name], abs=0.05)
   x, t = jax.ShapeDtypeStruct((2, *SHAPES[name]), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
   score_of = factory.make_score(config)
-  score = jax.eval_shape(lambda params, x, t: score_of(params)(x, t), params, x, t)
+  conditions = factory.make_network(config).conditions
+  cond = jax.eval_shape(lambda x: conditioning.nothing(conditions, x), x)
+  score = jax.eval_shape(lambda params, x, t, cond: score_of(params)(x, t, **cond), params, x, t, cond)
   assert (score.shape, score.dtype) == (x.shape, jnp.float32)
   text = (CONFIGS / f"{name}.py").read_text()
   assert f"jaxdiff train --config=configs/{name}.py" in text
@@ -66,8 +73,9 @@ def test_configs_build_without_their_data(name):
 def test_tfds_configs_train(name, tmp_path):
   import tensorflow_datasets as tfds
 
+  heads = ["--config.network.head_channels=4"] if name == "imagenet64" else []
   with tfds.testing.mock_data(num_examples=16):
-    losses = train(name, tmp_path, f"--config.data.data_dir={tmp_path / 'tfds'}")
+    losses = train(name, tmp_path, f"--config.data.data_dir={tmp_path / 'tfds'}", *heads)
   assert len(losses) == 3
   assert np.isfinite(losses).all()
 

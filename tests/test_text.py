@@ -1,11 +1,14 @@
 """Texts: bytes and back, the encoder and its padding, captions in the data."""
 
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff import arguments, factory, objectives
 from jaxdiff.data import manifest as manifests
 from jaxdiff.data import pipeline, prepared, sources
 from jaxdiff.data.text import decode_text, encode_text
@@ -132,6 +135,7 @@ def test_the_null_condition_is_the_empty_text(encoder):
   text, _, _ = encoder
   null = conditioning.null({"text": text})["text"]
   np.testing.assert_array_equal(encode_text([""], LENGTH), np.full((1, LENGTH), null))
+  np.testing.assert_array_equal(conditioning.nothing({"text": text}, X)["text"], encode_text([""] * 4, LENGTH))
 
 
 def test_letters_and_their_order_matter(encoder):
@@ -287,3 +291,31 @@ def test_npz_hands_out_captions(tmp_path):
     sources.npz("test", tmp_path / "bytes.npz", 256, text_length=16)
   with pytest.raises(ValueError, match=r"text: 'arrays' has texts uint8\[4, 3\]; expected uint8 \[5, length\]"):
     sources.from_arrays(x, text=np.zeros((4, 3), np.uint8), levels=256)
+
+
+# ---- configs
+
+
+def captioned_config(text_length):
+  """The shipped config, small, for images of 4 by 4 pixels with captions of 16 bytes."""
+  config = arguments.load(pathlib.Path(__file__).parents[1] / "configs" / "emoji64_text.py")
+  network = {"channels": 8, "channel_multipliers": (1, 1), "groups": 4, "attention_levels": (1,), "heads": 2}
+  network |= {"conditions": {"text": {"type": "text", "length": text_length, "width": 8, "layers": 1, "heads": 2}}}
+  return config | {"network": config["network"] | network}
+
+
+def test_a_config_tells_the_network_the_captions():
+  x = np.zeros((5, 4, 4, 3), np.uint8)
+  source = sources.from_arrays(x, text=encode_text(CAPTIONS, 16), levels=256)
+  config = captioned_config(16)
+  batch = {name: jnp.asarray(value) for name, value in source.gather(np.arange(5)).items()}
+  assert np.array_equal(factory.make_cond(config, source)(batch)["text"], batch["text"])
+  params = jax.eval_shape(lambda: factory.init_params(config, source))
+  assert "conditions_text" in params["params"]
+  keys, u = jax.random.split(jax.random.key(0), 5), jnp.linspace(0, 0.9, 5)
+  objective = objectives.make_objective(config, source)
+  assert jax.eval_shape(objective, params, keys, batch | {"u": u})[0].shape == (5,)
+  with pytest.raises(ValueError, match=r"cond\['text'\] has shape \(5, 16\) .* pass bytes \[b, 12\]"):
+    jax.eval_shape(objectives.make_objective(captioned_config(12), source), params, keys, batch | {"u": u})
+  with pytest.raises(factory.ConfigError, match=r"config\.network\.conditions\.text needs data with 'text'"):
+    objectives.make_objective(config, sources.from_arrays(x, levels=256))

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     return kind
 
   fashion = add("fashion_mnist", "70000 images of clothes, 28x28, grey", _fashion_mnist, raw="--input")
-  emoji = add("emoji", "3786 emoji, 64x64, RGB, with their names", _emoji, raw="--input")
+  emoji = add("emoji", "3786 emoji, RGB, with captions", _emoji, raw="--input")
   folder = add("folder", "your PNG and JPEG files", _folder)
   npz = add("npz", "your arrays", _npz)
   add("check", "compare prepared data with their manifest, byte by byte", _check)

@@ -12,5 +12,6 @@ from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.models.dit import DiT as DiT
 from jaxdiff.models.mlp import MLP as MLP
 from jaxdiff.models.ncsn import RefineNet as RefineNet
+from jaxdiff.models.text import Text as Text
 from jaxdiff.models.unet import UNet as UNet
 from jaxdiff.models.vdm import VDMNet as VDMNet

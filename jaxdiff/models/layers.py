@@ -74,13 +74,17 @@ def sinusoidal_embedding(
   References:
     Ho et al., Denoising Diffusion Probabilistic Models, 2020, appendix B (embedding of Vaswani et al., 2017, 3.5).
   """
-  if features < 4 or features % 2:
-    raise ValueError(f"features={features} of the time embedding is odd or below 4: use an even number such as 64")
+  _check_waves(features)
   half = features // 2
   dtype = jnp.promote_types(t.dtype, jnp.float32)
   exponent = jnp.arange(half, dtype=dtype) / (half - 1)
   phase = t.astype(dtype)[:, None] * (max_frequency * (min_frequency / max_frequency) ** exponent)[None, :]
   return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+
+
+def _check_waves(features: int) -> None:
+  if features < 4 or features % 2:
+    raise ValueError(f"features={features} of the time embedding is odd or below 4: use an even number such as 64")
 
 
 def fourier_features(x: Float[Array, "... c"], levels: int) -> Float[Array, "... 5*c"]:
@@ -129,7 +133,7 @@ class TimeEmbedding(nn.Module):
   def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b features"]:
     inputs = self.inputs or max(4, 2 * math.ceil(self.features / 8))
     if self.kind == "fourier":
-      check_divisible("features of the time embedding", inputs, "2", 2)
+      _check_waves(inputs)
       frequencies = self.param("frequencies", nn.initializers.normal(self.fourier_scale), (inputs // 2,))
       dtype = jnp.promote_types(t.dtype, jnp.float32)
       phase = 2 * math.pi * t.astype(dtype)[:, None] * jax.lax.stop_gradient(frequencies).astype(dtype)[None, :]

@@ -75,7 +75,7 @@ def ncsnpp_cifar10() -> UNet:
 
 
 def adm_imagenet64(classes: int = 1000) -> UNet:
-  """ADM for ImageNet 64x64 with learned variances (Dhariwal and Nichol 2021, Table 11), for times in [0, 1].
+  """ADM for ImageNet 64x64 with learned variances (Dhariwal and Nichol 2021, Appendix I), for times in [0, 1].
 
   Args:
     classes: of the labels, without one for none; 0 for a network without labels.

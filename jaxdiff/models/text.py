@@ -14,29 +14,18 @@ References:
   (the first token for the whole).
 """
 
-import math
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
 
+from jaxdiff.models.attention import attention
 from jaxdiff.models.conditioning import Encoded, check_array
 from jaxdiff.models.layers import check_divisible
 
 _NORMAL = nn.initializers.normal(0.02)
-
-
-def _attention(
-  query: Float[Array, "b n h c"], key: Float[Array, "b n h c"], value: Float[Array, "b n h c"], mask: Bool[Array, "b n"]
-) -> Float[Array, "b n h c"]:
-  """softmax(q k / sqrt c) v of every head over the keys that are there, the softmax in float32 or wider."""
-  wide = jnp.promote_types(query.dtype, jnp.float32)
-  logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide)
-  logits = jnp.where(mask[:, None, None, :], logits * (1 / math.sqrt(query.shape[-1])), -jnp.inf)
-  return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits, axis=-1).astype(key.dtype), value)
 
 
 class EncoderLayer(nn.Module):
@@ -60,7 +49,7 @@ class EncoderLayer(nn.Module):
     y = norm()(h)
     qkv = dense(3 * c, use_bias=False, name="query_key_value")(y)
     query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, c // self.heads), 2, 0)
-    y = _attention(query, key, value, mask).reshape(b, n, c)
+    y = attention(query, key, value, mask).reshape(b, n, c)
     h = h + dense(c, name="output")(y)
     y = nn.gelu(dense(4 * c)(norm()(h)))
     return h + dense(c)(y)
@@ -95,6 +84,9 @@ class Text(nn.Module):
   @property
   def null(self) -> int:
     return 0
+
+  def nothing(self, x: Array) -> UInt8[Array, "b n"]:
+    return jnp.zeros((len(x), self.length), jnp.uint8)
 
   def check(self, name: str, value: Array, x: Array) -> None:
     words = f"bytes [b, {self.length}] of UTF-8 as uint8, the end filled with 0, null 0"
