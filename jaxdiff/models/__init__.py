@@ -5,8 +5,8 @@ jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships,
 """
 
 from jaxdiff.models import conditioning as conditioning
-from jaxdiff.models.autoencoder import AutoencoderKL as AutoencoderKL
 from jaxdiff.models import presets as presets
+from jaxdiff.models.autoencoder import AutoencoderKL as AutoencoderKL
 from jaxdiff.models.classifier import Classifier as Classifier
 from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.models.dit import DiT as DiT

@@ -13,9 +13,11 @@ large. experiments/benchmarks/convolutions.py measures it.
 All derivatives exist, of every order and in both modes, for which it is a primitive of its own.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -112,7 +114,7 @@ def _batched(values: Sequence[Array], axes: Sequence[int | None], *, padding: Pa
   (x, w), (x_axis, w_axis) = values, axes
   if w_axis is not None:
     return jax.vmap(lambda x, w: _plain(x, w, padding=padding), (x_axis, w_axis))(x, w), 0
-  x = jnp.moveaxis(x, x_axis, 0)
+  x = jnp.moveaxis(x, x_axis or 0, 0)
   y = primitive.bind(x.reshape(-1, *x.shape[2:]), w, padding=padding)
   return y.reshape(*x.shape[:2], *y.shape[1:]), 0
 
@@ -121,6 +123,9 @@ def _shape(x: Any, w: Any, *, padding: Padding) -> Any:
   size = (n + sum(pad) - k + 1 for n, k, pad in zip(x.shape[1:3], w.shape[:2], padding, strict=True))
   return x.update(shape=(x.shape[0], *size, w.shape[3]))
 
+
+Conv = functools.partial(nn.Conv, conv_general_dilated=convolution)
+"""`flax.linen.Conv` by `convolution`."""
 
 primitive.def_impl(jax.jit(_plain, static_argnames="padding"))
 primitive.def_abstract_eval(_shape)
