@@ -13,7 +13,6 @@ import numpy as np
 from jaxdiff.weights.files import Tensors, refuse_misfits
 
 
-
 class Made(NamedTuple):
   """How one of our parameters is made.
 
