@@ -5,7 +5,15 @@
     jaxdiff train --config=configs/fashion_mnist_classifier.py --workdir=runs/fashion_mnist_classifier
     jaxdiff evaluate --workdir=runs/fashion_mnist_classifier
 
-Data elsewhere: --config.data.path=DIR.
+Data elsewhere: --config.data.path=DIR. Measured on 2 CPU cores that other work shared (15 minutes for the 1500 steps of
+this network of 0.32 M parameters, 4.2 steps/s at best): how often it is right on 2000 images of the test set,
+with a standard error of 0.01, and its cross-entropy in nats, where guessing gives 0.11 and 2.30.
+
+    log-SNR    12.4    4.3    2.2    0.2   -1.9   -3.9   -6.0   -8.0  -10.1
+    accuracy   0.84   0.84   0.83   0.78   0.63   0.35   0.17   0.13   0.11
+    nats       0.44   0.45   0.46   0.57   0.95   1.80   2.23   2.30   2.31
+
+It was still learning: over all times the held-out accuracy was 0.49, 0.52 and 0.53 after 500, 1000 and 1500 steps.
 """
 
 from ml_collections import ConfigDict
@@ -46,5 +54,5 @@ def get_config() -> ConfigDict:
       "validate_every": 500,
     }
   )
-  config.evaluate = ConfigDict({"num": 0, "batch_size": 500, "split": "test", "seed": 0})
+  config.evaluate = ConfigDict({"num": 2000, "batch_size": 250, "split": "test", "seed": 0})
   return config

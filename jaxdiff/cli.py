@@ -27,8 +27,8 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table; of a classifier, how often it
                is right at which noise: accuracy.json, accuracy.png, a table
   import PATH  a run directory of a published network, in which sample and likelihood work: of the safetensors and
-               config.json of diffusers' UNet2DModel (a file, a folder or a pipeline), of an export, or of a checkpoint of
-               score-SDE in JAX (--preset=ncsnpp_cifar10_ve); the data are named now or when they are needed, by
+               config.json of diffusers' UNet2DModel (a file, a folder or a pipeline), of an export, or of a checkpoint
+               of score-SDE in JAX (--preset=ncsnpp_cifar10_ve); the data are named now or when they are needed, by
                --config.data.type=tfds --config.data.name=cifar10
   export PATH  the averaged parameters as safetensors, with config.json, into the folder PATH
   data         prepare data sets that need not fit in memory: jaxdiff data --help

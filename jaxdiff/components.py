@@ -172,6 +172,8 @@ def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> C
 
   def smaller(x: Array) -> Array:
     b, h, w, c = x.shape
+    if h % factor or w % factor:
+      raise ValueError(f"factor={factor} does not divide the {h}x{w} pixels of the images: take one that does")
     return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
 
   return Condition(conditioning.Image(channels, dtype=dtype), smaller)

@@ -206,14 +206,19 @@ def make_given(config: Config, split: str) -> Given | None:
 
 def check_conditions(config: Config, source: Source) -> None:
   """Refuse data that lack what the network is told, or have classes beyond those that it knows."""
-  first = source.gather(np.arange(min(len(source), _LOOKED_AT)))
-  wanted = [
-    (f"config.network.conditions.{name}", name, getattr(made.module, "classes", None))
-    for name, made in make_conditions(config).items()
-    if made.of is None
-  ]
+  wanted, x = [], jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
+  for name, made in make_conditions(config).items():
+    path = f"network.conditions.{name}"
+    if made.of is None:
+      wanted.append((f"config.{path}", name, getattr(made.module, "classes", None)))
+    elif len(source.shape) != 3:
+      raise ConfigError(f"config.{path} is made of images [h, w, c]; the data have shape {source.shape}")
+    else:
+      check = lambda x, made=made, name=name: made.module.check(name, made.of(x), x)
+      schema.construct(lambda check: jax.eval_shape(check, x), {"check": check}, path)
   if schema.is_classifier(config):
     wanted.append(("config.network", "label", make_network(config).classes))
+  first = source.gather(np.arange(min(len(source), _LOOKED_AT))) if wanted else {}
   for path, name, classes in wanted:
     if name not in first:
       raise ConfigError(f"{path} needs data with {name!r}; {source.name} has {', '.join(sorted(first))}")

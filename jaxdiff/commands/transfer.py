@@ -59,7 +59,8 @@ def _read(path: Path, preset: str | None) -> _Model:
   if published.type != "UNet":
     raise ConfigError(
       f"{path} holds a {published.type}, which a run cannot be made of yet: a DiT works on the latents of an "
-      "autoencoder and is told a class, and the commands work on the data themselves. In programs jaxdiff.weights.load reads both"
+      "autoencoder and is told a class, and the commands work on the data themselves. In programs "
+      "jaxdiff.weights.load reads both"
     )
   chain, parts = published.chain or weights.Chain(), published.fields["parts"]
   sections = {

@@ -38,7 +38,8 @@ def attention(
     mask: which of the m are there, at least one of each example; the others have no influence.
     implementation: "xla": the softmax in float32 or wider (`jax.nn.dot_product_attention` has it in float32 always),
       differentiable in both modes. "cudnn": the fused kernel of NVIDIA GPUs, whose memory does not grow with n m, for
-      bfloat16 and float16; without forward mode, which likelihoods need.
+      bfloat16 and float16 and heads of at most 128 channels, a multiple of 8; without forward mode, which likelihoods
+      need.
 
   Returns:
     The mean of the values by the weights.

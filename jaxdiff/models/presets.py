@@ -4,9 +4,13 @@
 |---|---|---|---|
 | `ddpm_cifar10` | DDPM, CIFAR-10 | 35,746,307 | 35.7M |
 | `ddpm_256` | DDPM, CelebA-HQ and LSUN 256x256 | 113,673,219 | 114M |
-| `ddpmpp_cifar10` | DDPM++ (cont.), CIFAR-10 | 61,804,419 | |
-| `ncsnpp_cifar10` | NCSN++ (cont.), CIFAR-10 | 62,758,915, with 128 frequencies that are not trained | |
-| `adm_imagenet64` | ADM, ImageNet 64x64 | 295,904,454 | 296M |
+| `ddpmpp_cifar10` | DDPM++ (cont.), CIFAR-10 | 61,804,419 | not in the paper |
+| `ncsnpp_cifar10` | NCSN++ (cont.), CIFAR-10 | 62,758,915, with 128 frequencies not trained | not in the paper |
+| `adm_imagenet64` | ADM, ImageNet 64x64, with labels and variances | 295,904,454 | 296M |
+
+Published: Ho et al. 2020, Appendix B; Dhariwal and Nichol 2021, Appendix I. The networks of Song et al. 2021 are those
+of the configuration files published with it, vp/cifar10_ddpmpp_continuous and ve/cifar10_ncsnpp_continuous; the "deep"
+ones have 8 blocks. Initial values are those of flax, not of the papers, but for the zeros.
 """
 
 from jaxdiff.models.conditioning import Label

@@ -67,6 +67,7 @@ class Text(nn.Module):
     param_dtype: type of the parameters.
 
   Example:
+    >>> import jax
     >>> text, x = Text(length=4, width=16, layers=1), jnp.zeros((2, 8, 8, 1))
     >>> value = jnp.array([[104, 105, 0, 0], [0, 0, 0, 0]], jnp.uint8)  # "hi" and nothing
     >>> encoded, params = text.init_with_output(jax.random.key(0), value, x, 32)
