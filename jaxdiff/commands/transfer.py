@@ -10,7 +10,7 @@ import jax
 from jaxdiff import arguments, factory, objectives, options, rundir, training, weights
 from jaxdiff.commands import console
 from jaxdiff.schema import Config, ConfigError
-from jaxdiff.weights import files
+from jaxdiff.weights import files, score_sde
 
 _LOSSES = {1: "ddpm_simple", 2: "ddpm_hybrid"}  # by the parts of the output
 
@@ -51,6 +51,8 @@ def import_model(path: Path, workdir: Path, texts: Mapping[str, str]) -> None:
 
 
 def _read(path: Path, preset: str | None) -> _Model:
+  if preset is not None:
+    return _score_sde(score_sde.load(path, preset))
   if path.is_dir() and (path / files.CONFIG).is_file() and "network" in (saved := files.read_json(path / files.CONFIG)):
     return _exported(path, factory.normalize(saved))
   published = weights.load(path)
@@ -67,6 +69,17 @@ def _read(path: Path, preset: str | None) -> _Model:
     "prediction": {"type": chain.prediction},
     "loss": {"type": _LOSSES[parts]},
     "network": {"type": published.type, **published.fields},
+  }
+  return _Model(sections, published.params)
+
+
+def _score_sde(published: score_sde.ScoreSDE) -> _Model:
+  sections = {
+    "data": {"type": "absent", "shape": published.shape, "levels": 256},
+    "sde": published.sde,
+    "prediction": published.prediction,
+    "loss": {"type": "denoising"},
+    "network": {"type": "UNet", **published.fields},
   }
   return _Model(sections, published.params)
 

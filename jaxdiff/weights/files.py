@@ -56,6 +56,8 @@ def find(path: str | Path) -> Found:
   path = Path(path)
   if path.is_file():
     refuse_pickle(path)
+    if path.suffix not in (".safetensors", ".json"):
+      raise WeightsError(f"{path} is no safetensors file; a checkpoint of score-SDE in JAX needs --preset=NAME")
     return Found(path, path.parent / CONFIG, path.parent)
   if not path.is_dir():
     raise WeightsError(f"{path} does not exist: give a safetensors file, or the folder that holds it")

@@ -80,13 +80,22 @@ def one_step_later(prefix: str, here: str, frequencies: np.ndarray, sines_first:
     sines_first: whether the published layer reads sines, then cosines.
   """
 
-  def kernel(weight: np.ndarray) -> np.ndarray:
-    first, second = np.split(weight.T.astype(np.float64), 2)
-    sines, cosines = (first, second) if sines_first else (second, first)
-    c, s = np.cos(frequencies)[:, None], np.sin(frequencies)[:, None]
-    return np.concatenate([c * cosines - s * sines, c * sines + s * cosines]).astype(weight.dtype)
-
+  kernel = lambda weight: turned(weight.T, frequencies, sines_first)
   return {f"{here}/kernel": Made((f"{prefix}.weight",), kernel), f"{here}/bias": same(f"{prefix}.bias")}
+
+
+def turned(kernel: np.ndarray, angles: np.ndarray, sines_first: bool) -> np.ndarray:
+  """The kernel after [cos p, sin p] of a layer whose kernel reads cosines and sines of p - a.
+
+  Args:
+    kernel: [features, outputs], of the published layer.
+    angles: a, [features / 2].
+    sines_first: whether its first half is for the sines.
+  """
+  first, second = np.split(kernel.astype(np.float64), 2)
+  sines, cosines = (first, second) if sines_first else (second, first)
+  c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
+  return np.concatenate([c * cosines - s * sines, c * sines + s * cosines]).astype(kernel.dtype)
 
 
 def assemble(made: Map, tensors: Tensors, shapes: Mapping[str, Any], what: str) -> dict[str, Any]:
