@@ -133,6 +133,25 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
   ), workdir
 
 
+def transfer(command: str, argv: list[str]) -> tuple[Path, Path, dict[str, str]]:
+  """The path outside, the workdir, and the fields of the config that are set, by their path.
+
+  Args:
+    command: "import" or "export".
+    argv: what follows the command: PATH, --workdir=DIR and, for "import", --config.field=value and --preset=NAME.
+
+  Raises:
+    ConfigError: for anything else, or one of the first two missing.
+  """
+  paths = [text for text in argv[:1] if not text.startswith("-")]
+  options = _options(command, argv[len(paths) :])
+  if not paths or "--workdir" not in options or "--config" in options:
+    more = " [--config.data.type=NAME ...]" if command == "import" else ""
+    raise ConfigError(f"usage: jaxdiff {command} PATH --workdir=DIR{more}")
+  workdir = Path(options.pop("--workdir")).expanduser()
+  return Path(paths[0]).expanduser(), workdir, {name.removeprefix("--config."): options[name] for name in options}
+
+
 def directories(argv: list[str]) -> list[Path]:
   """The directories that --compare=DIR,DIR names.
 
@@ -152,12 +171,13 @@ def directories(argv: list[str]) -> list[Path]:
 
 
 def _short(command: str) -> dict[str, str]:
-  return {"likelihood": _LIKELIHOOD, "train": _TRAIN}.get(command, _SAMPLE)
+  others: dict[str, dict[str, str]] = {"train": _TRAIN, "import": {"--preset": ""}, "export": {}}
+  return {"likelihood": _LIKELIHOOD, **others}.get(command, _SAMPLE)
 
 
 def _options(command: str, argv: list[str]) -> dict[str, str]:
   options, rest = {}, list(argv)
-  special = {"likelihood": ("--probes",), "train": ()}.get(command, ("--steps",))
+  special = {"likelihood": ("--probes",), "train": (), "import": (), "export": ()}.get(command, ("--steps",))
   flags = ("--workdir", "--config", *special, *_short(command))
   while rest:
     name, equals, value = rest.pop(0).partition("=")

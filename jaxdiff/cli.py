@@ -26,6 +26,11 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
   evaluate     measure samples against the data: evaluation.json, neighbours.png, a table; of a classifier, how often it
                is right at which noise: accuracy.json, accuracy.png, a table
+  import PATH  a run directory of a published network, in which sample and likelihood work: of the safetensors and
+               config.json of diffusers' UNet2DModel (a file, a folder or a pipeline), of an export, or of a checkpoint
+               of score-SDE in JAX (--preset=ncsnpp_cifar10_ve); the data are named now or when they are needed, by
+               --config.data.type=tfds --config.data.name=cifar10
+  export PATH  the averaged parameters as safetensors, with config.json, into the folder PATH
   data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
@@ -35,7 +40,7 @@ Several processes that all see DIR share a training, samples or a likelihood: st
 --coordinator=HOST:PORT --processes=N --process=I [--timeout=300] (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID in the environment). Launch files: experiments/tpu_pod, experiments/slurm, experiments/gpu_node.
 """
-COMMANDS = ("train", "sample", "likelihood", "evaluate", "data")
+COMMANDS = ("train", "sample", "likelihood", "evaluate", "import", "export", "data")
 
 
 def _avoid_miscompiled_reductions() -> None:
@@ -133,6 +138,10 @@ def _run(command: str, argv: list[str]) -> None:
       from jaxdiff.commands.data import data
 
       return data(argv)
+    if command in ("import", "export"):
+      from jaxdiff.commands import transfer
+
+      return getattr(transfer, f"{command}_model")(*arguments.transfer(command, argv))
     if command == "likelihood" and argv and argv[0].split("=")[0] == "--compare":
       return commands.compare(arguments.directories(argv))
     launch, argv = arguments.launch(command, argv)

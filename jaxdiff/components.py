@@ -191,6 +191,7 @@ SOURCES: Table = {
   "image_folder": sources.image_folder,
   "array_record": sources.array_record,
   "tfds": sources.tfds_source,
+  "absent": sources.absent,
 }
 PROCESSES: Table = {
   "VP": sde.VP,

@@ -19,6 +19,7 @@ from jaxdiff.schema import Config, ConfigError
 from jaxdiff.training.snapshots import reconstruct
 
 _DATA = ("name", "count", "shape", "levels", "content")
+_ABSENT_DATA = ("shape", "levels")
 
 
 @contextlib.contextmanager
@@ -75,6 +76,8 @@ def load(workdir: Path, config: Config, ema_length: float | None = None) -> tupl
   except ValueError as error:
     raise ConfigError(str(error)) from error
   then, given = trained["config"], factory.identity(config)
+  if imported := then["data"]["type"] == "absent":  # which data it meets is for later
+    then = then | {"data": given["data"]}
   model = {name: given[name] for name in factory.MODEL_SECTIONS}
   _check_same_model(workdir, factory.differences({name: then[name] for name in model}, model))
   if unused := factory.differences(then, given):
@@ -82,7 +85,12 @@ def load(workdir: Path, config: Config, ema_length: float | None = None) -> tupl
   source = factory.make_source(config, "train")
   now = factory.normalize(pipeline.fingerprint(source, 1, 0))
   _check_same_model(
-    workdir, [d for name in _DATA for d in factory.differences(trained["data"][name], now[name], f"data.{name}")]
+    workdir,
+    [
+      text
+      for name in (_ABSENT_DATA if imported else _DATA)
+      for text in factory.differences(trained["data"][name], now[name], f"data.{name}")
+    ],
   )
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
   everywhere = parallel.replicated(parallel.make_mesh(jax.devices()))  # of all processes, as orbax wants it
@@ -96,6 +104,20 @@ def load(workdir: Path, config: Config, ema_length: float | None = None) -> tupl
   except ValueError as error:
     raise ConfigError(str(error)) from error
   return source, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), step
+
+
+def check_examples(config: Config) -> None:
+  """Refuse data that are not there.
+
+  Raises:
+    ConfigError: the model was imported without its data.
+  """
+  if config["data"]["type"] == "absent":
+    raise ConfigError(
+      "the model was imported without data: name them, --config.data.type=tfds --config.data.name=cifar10 or "
+      "--config.data.type=npz --config.data.path=FILE --config.data.levels=256, of the shape "
+      f"{config['data']['shape']}; given to `jaxdiff import` they are remembered"
+    )
 
 
 def _check_same_model(workdir: Path, found: list[str]) -> None:

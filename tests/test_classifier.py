@@ -298,16 +298,16 @@ def test_commands_of_generative_models_are_refused(tmp_path, capsys):
 @pytest.mark.standard_promotion
 def test_a_classifier_learns_digits_through_the_command_line(tmp_path, capsys):
   config = tmp_path / "digits.py"
-  settings = {"batch_size": 64, "steps": 60, "log_every": 20, "validate_every": 30, "checkpoint_every": 60}
+  settings = {"batch_size": 64, "steps": 400, "log_every": 100, "validate_every": 200, "ema_decay": 0.95}
   made = CONFIG | {"train": settings, "evaluate": {"batch_size": 64, "num": 0}}
   config.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({made!r})\n")
   run = tmp_path / "run"
   cli.main(["train", f"--config={config}", f"--workdir={run}"])
   records = read_metrics(run / "metrics.jsonl")
   held_out = [record for record in records if "validation_accuracy" in record]
-  assert [record["step"] for record in held_out] == [30, 60]
+  assert [record["step"] for record in held_out] == [200, 400]
   assert records[0]["loss"] > held_out[-1]["validation_loss"]
-  assert held_out[-1]["validation_accuracy"] > 0.2  # a tenth by chance; half of the times are all but noise
+  assert held_out[-1]["validation_accuracy"] > 0.25  # a tenth by chance; half of the times are all but noise
   cli.main(["evaluate", f"--workdir={run}"])
   report = json.loads((run / "accuracy.json").read_text())
   first, last = report["levels"][0], report["levels"][-1]

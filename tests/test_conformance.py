@@ -1,14 +1,19 @@
 """Every process with every prediction through loss, samplers and likelihood; so with every kind of network."""
 
+import functools
+import importlib.util
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from oracles import PREDICTIONS, SDES
 
 import jaxdiff as jd
+from jaxdiff import training
 
 pytestmark = pytest.mark.standard_promotion
 WEIGHTS = {
@@ -48,6 +53,20 @@ class Equinox(eqx.Module):
     return plain(vars(self), x, t)
 
 
+def haiku_network():
+  """The same in Haiku, where that is installed."""
+  if importlib.util.find_spec("haiku") is None:
+    return {}
+  import haiku as hk
+
+  def net(x, t):
+    h = jnp.concatenate([x, t[:, None]], axis=-1)
+    return hk.Linear(2, name="outer")(jnp.tanh(hk.Linear(16, name="inner")(h)))
+
+  parts = {name: {"w": WEIGHTS[f"w{i}"], "b": WEIGHTS[f"b{i}"]} for i, name in ((1, "inner"), (2, "outer"))}
+  return {"haiku": (hk.without_apply_rng(hk.transform(net)).apply, parts)}
+
+
 def networks():
   """(apply, params) of the same function, four ways."""
   w = WEIGHTS
@@ -56,7 +75,7 @@ def networks():
   module.a.kernel[...], module.a.bias[...] = w["w1"], w["b1"]
   module.b.kernel[...], module.b.bias[...] = w["w2"], w["b2"]
   graph, state = nnx.split(module)
-  return {
+  return haiku_network() | {
     "plain": (plain, w),
     "linen": (Linen().apply, {"params": {"inner": dense(1), "outer": dense(2)}}),
     "nnx": (lambda params, x, t: nnx.merge(graph, params)(x, t), state),
@@ -105,7 +124,10 @@ def test_every_process_and_prediction_is_finite_and_traced_once(sde, prediction)
     assert jnp.all(first[name] != second[name]), name
 
 
-@pytest.mark.parametrize("name", ["linen", "nnx", "equinox"])
+KINDS = ["linen", "nnx", "equinox", *haiku_network()]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_network_gives_the_same_numbers(name):
   sde, prediction, x = jd.VP(), jd.predictions.edm(0.5), jax.random.normal(jax.random.key(0), (4, 2))
   results = []
@@ -118,6 +140,29 @@ def test_every_kind_of_network_gives_the_same_numbers(name):
   for key in expected:
     np.testing.assert_allclose(values[key], expected[key], rtol=1e-4, atol=1e-4, err_msg=key)
   np.testing.assert_allclose(other_norm, norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_trainer_takes_every_kind_of_network(name):
+  """Three steps of momentum with averages leave the parameters that they leave of plain functions."""
+  loss, x = jd.losses.denoising(jd.VP(), jd.predictions.noise()), jax.random.normal(jax.random.key(0), (8, 2))
+  moved = []
+  for kind in ("plain", name):
+    apply, params = networks()[kind]
+    objective = lambda params, key, batch, apply=apply: loss(
+      key, batch["x"], functools.partial(apply, params), u=batch["u"]
+    )
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    step = jax.jit(training.make_train_step(objective, optimizer, 0.9, 8))
+    state = training.init_state(params, optimizer, jax.random.key(1))
+    for _ in range(3):
+      state, metrics = step(state, {"x": x}, jnp.arange(8))
+    assert not metrics["skipped"]
+    for tree in (state.params, state.ema_params):
+      moved.append(sorted((leaf.shape, leaf.sum().item(), (leaf**2).sum().item()) for leaf in jax.tree.leaves(tree)))
+  for expected, value in zip(moved[:2], moved[2:], strict=True):
+    assert [shape for shape, *_ in value] == [shape for shape, *_ in expected]
+    np.testing.assert_allclose([rest for _, *rest in value], [rest for _, *rest in expected], rtol=1e-4, atol=1e-5)
 
 
 def test_vmap_over_processes_and_grad_through_everything():

@@ -23,7 +23,7 @@ def test_the_program_of_the_readme_runs(capsys, tmp_path):
   training = (
     BLOCKS[5].replace("256", "64").replace("total_steps=500", "total_steps=2").replace("runs/moons", str(tmp_path))
   )
-  blocks = [program, objectives, sampling, BLOCKS[3], likelihoods, training]
+  blocks = [program, objectives, sampling, BLOCKS[3], likelihoods, training, BLOCKS[6]]
   exec(compile("\n".join(blocks), "README.md", "exec"), names)
   assert capsys.readouterr().out.startswith("(4, 2) ")
   assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(names["gradient"]["interior"]))
@@ -32,6 +32,8 @@ def test_the_program_of_the_readme_runs(capsys, tmp_path):
   assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(names["likelihood_gradient"]))
   assert np.all(names["points"].status.code == 0)
   assert int(names["state"].step) == 2
+  assert np.all(np.isfinite(names["value"]))
+  assert names["aux"]["dropped"].shape == (2,)
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -95,6 +95,7 @@ def evaluate(config: Config, workdir: Path) -> None:
   """
   if schema.is_classifier(config):
     return accuracy(config, workdir)
+  rundir.check_examples(config)
   settings, mesh = options.evaluate(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)

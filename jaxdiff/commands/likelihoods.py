@@ -37,6 +37,7 @@ class _Model(NamedTuple):
 
 def likelihood(config: Config, workdir: Path) -> None:
   """Evaluate the trained model on held-out data, and on other data if the config names some."""
+  rundir.check_examples(config)
   settings, mesh = options.likelihood(config), parallel.make_mesh()
   console.check_batch("likelihood.batch_size", settings.batch_size, mesh.size)
   source, params, step = rundir.load(workdir, config, settings.ema_length)

@@ -26,6 +26,7 @@ _BOUND_DRAWS = 4  # of the variational bound in a validation
 
 def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> None:
   """Train from the newest checkpoint in the workdir, or from the start; `profile` traces the steps between its two."""
+  rundir.check_examples(config)
   settings = options.train(config)
   launcher = _launcher(settings)
   console.check_batch("train.batch_size", settings.batch_size, launcher.mesh.size, settings.microbatches)

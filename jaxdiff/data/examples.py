@@ -71,6 +71,23 @@ def gather(examples: Examples, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class NoExamples:
+  """None, of data whose shape alone is known."""
+
+  shape: tuple[int, ...]
+  dtype: type
+
+  def __len__(self) -> int:
+    return 0
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    raise IndexError("there are no examples")
+
+  def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    return {"x": np.empty((0, *self.shape), self.dtype)[indices]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Source:
   """One split of one data set.
 
@@ -83,7 +100,8 @@ class Source:
     content_hash: any string that changes when the data change; compared when a run is resumed.
 
   Raises:
-    ValueError: the split is empty, or its first example does not have the given shape and kind.
+    ValueError: the split is empty, though not meant to be, or its first example does not have the given shape and
+      kind.
 
   Example:
     >>> source = from_arrays(np.zeros((5, 8, 8, 1), np.uint8), levels=17)
@@ -101,6 +119,8 @@ class Source:
   def __post_init__(self):
     if self.levels is not None and self.levels < 2:
       raise ValueError(f"levels: got {self.levels}; pass the number of integer levels (256 for 8-bit images) or None")
+    if isinstance(self.examples, NoExamples):
+      return
     if len(self.examples) == 0:
       raise ValueError(f"split: {self.split!r} of {self.name!r} is empty; training and evaluation need examples")
     x = self.examples[0]["x"]

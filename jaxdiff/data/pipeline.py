@@ -133,7 +133,7 @@ def fingerprint(source: Source, batch_size: int, seed: int) -> dict[str, Any]:
     5
   """
   order = _order(source, seed)
-  probe = order(np.arange(_ORDER_PROBE))
+  probe = order(np.arange(_ORDER_PROBE if len(source) else 0))
   return {
     "name": source.name,
     "split": source.split,
@@ -158,7 +158,7 @@ def _order(source: Source, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
   def order(positions: np.ndarray) -> np.ndarray:
-    epochs, offsets = np.divmod(positions, count)
+    epochs, offsets = np.divmod(positions, max(1, count))
     examples = np.empty(len(positions), np.int64)
     for epoch in np.unique(epochs):
       rows = epochs == epoch

@@ -8,6 +8,7 @@
 | `image_folder` | your PNG and JPEG files | uint8 [h, w, c], 256 levels | fixed permutation |
 | `array_record` | what `jaxdiff data` prepared, read from disk | integers or float32 | in the folder |
 | `tfds_source` | any prepared tfds image data set, read without TensorFlow | uint8 [h, w, c], 256 levels | tfds |
+| `absent` | none: what an imported model was trained on, of which the shape is known | integers or float32 | |
 | `from_arrays` | arrays of your program | integers or float32 | you name it |
 
 All but `array_record` and `tfds_source` keep the split in memory, images in one byte per value. A permutation depends
@@ -28,6 +29,7 @@ from jaxdiff.data.examples import (
   SPLITS,
   CaptionedExamples,
   Examples,
+  NoExamples,
   Source,
   check_choice,
   from_arrays,
@@ -40,7 +42,18 @@ from jaxdiff.data.prepared import Records, read_texts
 from jaxdiff.data.text import encode_text
 from jaxdiff.data.toys import toy2d
 
-__all__ = ["Source", "array_record", "digits", "from_arrays", "image_folder", "npz", "tfds_source", "toy2d", "validate"]
+__all__ = [
+  "Source",
+  "absent",
+  "array_record",
+  "digits",
+  "from_arrays",
+  "image_folder",
+  "npz",
+  "tfds_source",
+  "toy2d",
+  "validate",
+]
 
 
 def digits(split: str, held_out: int = 360, seed: int = 0) -> Source:
@@ -258,6 +271,30 @@ def tfds_source(split: str, name: str, data_dir: str | Path | None = None) -> So
   digest = hashlib.sha256(f"{builder.info.full_name}:{split}:{len(rows)}".encode())
   digest.update(examples[0]["x"].tobytes())
   return Source(f"tfds/{builder.info.full_name}", examples, 256, image.shape, split, digest.hexdigest()[:16])
+
+
+def absent(split: str, shape: tuple[int, ...], levels: int | None = 256) -> Source:
+  """Data that are not there: enough to draw samples of an imported model, not to train or to evaluate it.
+
+  Args:
+    split: any.
+    shape: of one x.
+    levels: number of integer levels; None for continuous data.
+
+  Returns:
+    A source without examples.
+
+  Raises:
+    ValueError: for a shape with a size below 1.
+
+  Example:
+    >>> len(absent("train", (32, 32, 3)))
+    0
+  """
+  if not shape or min(shape) < 1:
+    raise ValueError(f"shape: got {shape}; pass sizes of at least 1, such as (32, 32, 3)")
+  examples = NoExamples(tuple(shape), np.float32 if levels is None else np.uint8)
+  return Source("absent", examples, levels, tuple(shape), split, content_hash="")
 
 
 class TfdsExamples:

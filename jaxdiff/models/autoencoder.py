@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.models.attention import SelfAttention
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import check_divisible
 from jaxdiff.models.resampling import nearest
 
@@ -38,7 +39,7 @@ class _Residual(nn.Module):
     h = x
     for k in range(2):
       h = nn.silu(nn.GroupNorm(self.groups, epsilon=_EPSILON, name=f"norm_{k}", **self.types)(h))
-      h = nn.Conv(self.features, (3, 3), name=f"conv_{k}", **self.types)(h)
+      h = Conv(self.features, (3, 3), name=f"conv_{k}", **self.types)(h)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, name="shortcut", **self.types)(x)
     return x + h
@@ -68,16 +69,16 @@ class _Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b _ _ outputs"]:
-    h = nn.Conv(self.features[0], (3, 3), name="input", **self.types)(x)
+    h = Conv(self.features[0], (3, 3), name="input", **self.types)(x)
     for level, features in enumerate(self.features):
       for block in range(self.blocks):
         h = _Residual(features, self.groups, self.types, name=f"level_{level}_block_{block}")(h)
       if level < len(self.features) - 1:
         # A row and a column of zeros at the end alone: SAME for the even sizes that there are.
-        h = nn.Conv(features, (3, 3), 2, name=f"down_{level}", **self.types)(h)
+        h = Conv(features, (3, 3), 2, name=f"down_{level}", **self.types)(h)
     h = _Middle(self.groups, self.types, name="middle")(h)
     h = nn.silu(nn.GroupNorm(self.groups, epsilon=_EPSILON, name="norm", **self.types)(h))
-    return nn.Conv(self.outputs, (3, 3), name="output", **self.types)(h)
+    return Conv(self.outputs, (3, 3), name="output", **self.types)(h)
 
 
 class _Decoder(nn.Module):
@@ -91,15 +92,15 @@ class _Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, z: Float[Array, "b h w k"]) -> Float[Array, "b _ _ outputs"]:
-    h = nn.Conv(self.features[-1], (3, 3), name="input", **self.types)(z)
+    h = Conv(self.features[-1], (3, 3), name="input", **self.types)(z)
     h = _Middle(self.groups, self.types, name="middle")(h)
     for level, features in reversed(list(enumerate(self.features))):
       for block in range(self.blocks + 1):
         h = _Residual(features, self.groups, self.types, name=f"level_{level}_block_{block}")(h)
       if level > 0:
-        h = nn.Conv(features, (3, 3), name=f"up_{level}", **self.types)(nearest(h))
+        h = Conv(features, (3, 3), name=f"up_{level}", **self.types)(nearest(h))
     h = nn.silu(nn.GroupNorm(self.groups, epsilon=_EPSILON, name="norm", **self.types)(h))
-    return nn.Conv(self.outputs, (3, 3), name="output", **self.types)(h)
+    return Conv(self.outputs, (3, 3), name="output", **self.types)(h)
 
 
 class AutoencoderKL(nn.Module):
@@ -144,7 +145,7 @@ class AutoencoderKL(nn.Module):
     features = tuple(self.channels * multiplier for multiplier in self.channel_multipliers)
     for level, number in enumerate(features):
       check_divisible(f"channels at level {level}", number, "groups", self.groups)
-    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     self.encoder = _Encoder(features, self.blocks, 2 * self.latent_channels, self.groups, types)
     self.moments = nn.Dense(2 * self.latent_channels, **types)
     self.latents = nn.Dense(self.latent_channels, **types)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import ZERO, rescaled
 from jaxdiff.models.resampling import Padding, downsample, upsample
 
@@ -64,7 +65,7 @@ class ResidualBlock(nn.Module):
   ) -> Float[Array, "b _ _ features"]:
     types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     norm = functools.partial(nn.GroupNorm, self.groups, epsilon=self.norm_epsilon, **types)
-    conv = functools.partial(nn.Conv, self.features, (3, 3), padding=self.padding, **types)
+    conv = functools.partial(Conv, self.features, (3, 3), padding=self.padding, **types)
     add = self.modulation == "add"
     h = nn.silu(norm()(x))
     if self.resample != "none":

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxdiff.models import conditioning
 from jaxdiff.models.attention import CrossAttention, SelfAttention, attention
 from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import ZERO, TimeEmbedding, check_choice, check_divisible, check_input
 from jaxdiff.models.remat import CHOICES as REMAT_CHOICES
 from jaxdiff.models.remat import Remat, rematerialized
@@ -131,7 +132,7 @@ class Classifier(nn.Module):
     if told.vector is not None:
       embedding = embedding + told.vector.astype(self.dtype)
     seen = [x] if told.channels is None else [x, told.channels]
-    h = nn.Conv(self.channels, (3, 3), **types)(jnp.concatenate([y.astype(self.dtype) for y in seen], axis=-1))
+    h = Conv(self.channels, (3, 3), **types)(jnp.concatenate([y.astype(self.dtype) for y in seen], axis=-1))
     lowest = len(self.channel_multipliers) - 1
     for level in range(lowest + 1):
       for _ in range(self.blocks):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import ZERO
 
 
@@ -69,7 +70,7 @@ class Dequantizer(nn.Module):
     return jax.scipy.special.ndtr(y), log_det + jnp.sum(jax.scipy.stats.norm.logpdf(y), axis=axes)
 
   def _layer(self, rank: int) -> nn.Module:
-    return nn.Dense(self.width) if rank == 2 else nn.Conv(self.width, (3, 3))
+    return nn.Dense(self.width) if rank == 2 else Conv(self.width, (3, 3))
 
   def _output(self, x: Array) -> nn.Module:
     return nn.Dense(2 * x.shape[-1], kernel_init=ZERO)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.models import conditioning
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import ZERO, TimeEmbedding, check_input
 from jaxdiff.models.resampling import Padding
 
@@ -143,7 +144,7 @@ class RefineNet(nn.Module):
     return ConditionalInstanceNorm(self.dtype, self.param_dtype)(h, embedding)
 
   def _conv(self, h: Array, dilation: int = 1, features: int | None = None, **options: Any) -> Array:
-    return nn.Conv(
+    return Conv(
       features or self.channels,
       (3, 3),
       kernel_dilation=dilation,

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from jaxdiff.models import convolution
+
 Remat = Literal["none", "dots", "full"]
 CHOICES = ("none", "dots", "full")
 
@@ -31,4 +33,5 @@ def rematerialized(apply: Callable[..., Any], remat: Remat, within_scan: bool = 
 def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
   """Keeps convolutions and products with weights, not those of attention, whose size is quadratic in the positions."""
   products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return primitive is jax.lax.conv_general_dilated_p or products(primitive, *args, **params)
+  convolutions = jax.lax.conv_general_dilated_p, convolution.primitive
+  return primitive in convolutions or products(primitive, *args, **params)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.models.convolution import Conv
+
 Padding = Literal["SAME", "CIRCULAR"]
 _PADDED = {"conv": (0, 1), "conv_symmetric": (1, 1), "fir": (2, 2)}
 
@@ -78,7 +80,7 @@ class DownsampleConv(nn.Module):
     x = _pad(x, *_PADDED[self.kind], self.padding)
     if self.kind == "fir":
       x = _filter(_filter(x, axis=1, stride=1), axis=2, stride=1)
-    conv = nn.Conv(self.features, (3, 3), 2, padding="VALID", dtype=self.dtype, param_dtype=self.param_dtype)
+    conv = Conv(self.features, (3, 3), 2, padding="VALID", dtype=self.dtype, param_dtype=self.param_dtype)
     return conv(x)
 
 
@@ -103,7 +105,7 @@ class UpsampleConv(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w features"]:
     # What the filter spreads beyond the border is seen by the convolution, as if both were one.
     x, padding = (_fir_upsample_and_border(x, self.padding), "VALID") if self.fir else (nearest(x), self.padding)
-    return nn.Conv(self.features, (3, 3), padding=padding, dtype=self.dtype, param_dtype=self.param_dtype)(x)
+    return Conv(self.features, (3, 3), padding=padding, dtype=self.dtype, param_dtype=self.param_dtype)(x)
 
 
 def _pad(x: Array, before: int, after: int, padding: Padding) -> Array:

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxdiff.models import conditioning
 from jaxdiff.models.attention import CrossAttention, Implementation, SelfAttention
 from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import (
   ZERO,
   TimeEmbedding,
@@ -298,7 +299,7 @@ class UNet(nn.Module):
     return nn.GroupNorm(self.groups, epsilon=self.norm_epsilon, **self._types(), **fields)
 
   def _conv(self, features: int, size: tuple[int, int] = (3, 3), **fields: Any) -> nn.Conv:
-    return nn.Conv(features, size, padding=self.padding, **self._types(), **fields)
+    return Conv(features, size, padding=self.padding, **self._types(), **fields)
 
   def _down_conv(self, features: int, name: str, kind: Any) -> DownsampleConv:
     return DownsampleConv(features, kind, self.padding, **self._types(), name=name)

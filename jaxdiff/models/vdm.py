@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxdiff.models import conditioning
 from jaxdiff.models.attention import SelfAttention
 from jaxdiff.models.blocks import ResidualBlock
+from jaxdiff.models.convolution import Conv
 from jaxdiff.models.layers import ZERO, TimeEmbedding, check_divisible, check_input, fourier_features
 from jaxdiff.models.resampling import Padding
 
@@ -98,7 +99,7 @@ class VDMNet(nn.Module):
     h = (fourier_features(x, self.fourier_levels) if self.fourier_levels else x).astype(self.dtype)
     if encoded.channels is not None:
       h = jnp.concatenate([h, encoded.channels.astype(self.dtype)], axis=-1)
-    conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=self.padding, **types)
+    conv = lambda features, **fields: Conv(features, (3, 3), padding=self.padding, **types, **fields)
     block = functools.partial(
       ResidualBlock,
       self.channels,

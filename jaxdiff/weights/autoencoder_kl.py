@@ -1,4 +1,4 @@
-"""`AutoencoderKL` of diffusers as ours: the autoencoders of latent diffusion, Stable Diffusion 1 and 2, SDXL and DiT."""
+"""`AutoencoderKL` of diffusers as ours: those of latent diffusion, of Stable Diffusion 1 and 2, of DiT."""
 
 from collections.abc import Mapping
 from typing import Any

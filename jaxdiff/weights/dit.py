@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.weights import names
-from jaxdiff.weights.files import Tensors
+from jaxdiff.weights.files import Tensors, refuse_misfits
 from jaxdiff.weights.names import Made, Map
 from jaxdiff.weights.settings import Settings
 from jaxdiff.weights.unet2d import wave_numbers
@@ -86,7 +86,7 @@ def one_embedding(tensors: Tensors, what: str) -> Tensors:
       kept[name] = value
     elif _FIRST + layer not in tensors or not np.array_equal(value, tensors[_FIRST + layer]):
       other.append(f"{name} is not equal to {_FIRST}{layer}: blocks here share their embedding")
-  names.refuse(what, other)
+  refuse_misfits(what, other)
   return kept
 
 

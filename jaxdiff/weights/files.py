@@ -56,6 +56,8 @@ def find(path: str | Path) -> Found:
   path = Path(path)
   if path.is_file():
     refuse_pickle(path)
+    if path.suffix not in (".safetensors", ".json"):
+      raise WeightsError(f"{path} is no safetensors file; a checkpoint of score-SDE in JAX needs --preset=NAME")
     return Found(path, path.parent / CONFIG, path.parent)
   if not path.is_dir():
     raise WeightsError(f"{path} does not exist: give a safetensors file, or the folder that holds it")
@@ -94,21 +96,22 @@ def refuse_pickle(path: Path) -> None:
     )
 
 
-def read(path: str | Path) -> Tensors:
+def read(path: str | Path, half: bool = False) -> Tensors:
   """The tensors of a safetensors file or, of an index, those of all its shards.
 
   Args:
     path: the file, or FILE.safetensors.index.json beside its shards.
+    half: whether bfloat16 and float16 stay so; else they become float32.
 
   Returns:
-    Arrays by name, bfloat16 and float16 as float32.
+    Arrays by name.
 
   Raises:
     WeightsError: a pickle, a damaged or truncated file, a missing shard, or one that lacks what the index says.
   """
   path = Path(path)
   if not path.name.endswith(".index.json"):
-    return _read_one(path)
+    return _read_one(path, half)
   index = read_json(path).get("weight_map")
   if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
     raise WeightsError(f"{path} has no weight_map from names of tensors to files: it is damaged, fetch it again")
@@ -116,27 +119,27 @@ def read(path: str | Path) -> Tensors:
   for name in sorted(set(index.values())):
     if Path(name).name != name or not (path.parent / name).is_file():
       raise WeightsError(f"{path} names the shard {name!r}, which is not beside it: fetch it, too")
-    tensors |= _read_one(path.parent / name)
+    tensors |= _read_one(path.parent / name, half)
   if lacking := sorted(index.keys() - tensors.keys()):
     raise WeightsError(f"the shards of {path} lack {', '.join(lacking)}: fetch them again")
   return tensors
 
 
-def _read_one(path: Path) -> Tensors:
+def _read_one(path: Path, half: bool) -> Tensors:
   import safetensors
 
   refuse_pickle(path)
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
-      return {name: _float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, it is no mapping
+      return {name: _widened(file.get_tensor(name), half) for name in file.keys()}  # noqa: SIM118, it is no mapping
   except (safetensors.SafetensorError, OSError, struct.error) as error:
     raise WeightsError(
       f"{path} cannot be read as safetensors ({error}): it is damaged or cut off, fetch it again"
     ) from (error)
 
 
-def _float32(array: np.ndarray) -> np.ndarray:
-  return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
+def _widened(array: np.ndarray, half: bool) -> np.ndarray:
+  return array.astype(np.float32) if not half and array.dtype.name in ("bfloat16", "float16") else array
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -145,7 +148,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
 
   path = Path(path)
   partial = path.with_name(f".{path.name}.partial")
-  safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, partial)
+  safetensors.numpy.save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial)
   partial.replace(path)
 
 
@@ -164,3 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise WeightsError(f"{path} holds {type(value).__name__} where an object of JSON is expected")
   return value
+
+
+def refuse_misfits(what: str, wrong: list[str]) -> None:
+  """Raises a WeightsError that lists what does not fit, if anything does not."""
+  if wrong:
+    listed = "\n".join(f"  {line}" for line in wrong)
+    raise WeightsError(f"{what} does not fit the network of its configuration; nothing was written:\n{listed}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from jaxdiff.weights.files import Tensors, WeightsError
+from jaxdiff.weights.files import Tensors, refuse_misfits
 
 
 class Made(NamedTuple):
@@ -80,13 +80,22 @@ def one_step_later(prefix: str, here: str, frequencies: np.ndarray, sines_first:
     sines_first: whether the published layer reads sines, then cosines.
   """
 
-  def kernel(weight: np.ndarray) -> np.ndarray:
-    first, second = np.split(weight.T.astype(np.float64), 2)
-    sines, cosines = (first, second) if sines_first else (second, first)
-    c, s = np.cos(frequencies)[:, None], np.sin(frequencies)[:, None]
-    return np.concatenate([c * cosines - s * sines, c * sines + s * cosines]).astype(weight.dtype)
-
+  kernel = lambda weight: turned(weight.T, frequencies, sines_first)
   return {f"{here}/kernel": Made((f"{prefix}.weight",), kernel), f"{here}/bias": same(f"{prefix}.bias")}
+
+
+def turned(kernel: np.ndarray, angles: np.ndarray, sines_first: bool) -> np.ndarray:
+  """The kernel after [cos p, sin p] of a layer whose kernel reads cosines and sines of p - a.
+
+  Args:
+    kernel: [features, outputs], of the published layer.
+    angles: a, [features / 2].
+    sines_first: whether its first half is for the sines.
+  """
+  first, second = np.split(kernel.astype(np.float64), 2)
+  sines, cosines = (first, second) if sines_first else (second, first)
+  c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
+  return np.concatenate([c * cosines - s * sines, c * sines + s * cosines]).astype(kernel.dtype)
 
 
 def assemble(made: Map, tensors: Tensors, shapes: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def assemble(made: Map, tensors: Tensors, shapes: Mapping[str, Any], what: str) 
   due = flatten(shapes)
   used = {name for entry in made.values() for name in entry.names}
   wrong = [f"missing: {name}" for name in sorted(used - tensors.keys())]
-  wrong += [f"not used: {name}, shape {tensors[name].shape}" for name in sorted(tensors.keys() - used)]
+  wrong += [f"not used: {name}, shape {list(tensors[name].shape)}" for name in sorted(tensors.keys() - used)]
   wrong += [f"the network has no parameter {path}" for path in sorted(made.keys() - due.keys())]
   wrong += [f"nothing makes the network's parameter {path}" for path in sorted(due.keys() - made.keys())]
   params = {}
@@ -121,15 +130,8 @@ def assemble(made: Map, tensors: Tensors, shapes: Mapping[str, Any], what: str) 
       there = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names)
       gives = "" if shape is None else f", which gives {list(shape)}"
       wrong.append(f"wrong shape: {there}{gives}; the network has {path} {list(due[path].shape)}")
-  refuse(what, wrong)
+  refuse_misfits(what, wrong)
   return {"params": flax.traverse_util.unflatten_dict(params, sep="/")}
-
-
-def refuse(what: str, wrong: list[str]) -> None:
-  """Raises a WeightsError that lists what is wrong, if anything is."""
-  if wrong:
-    listed = "\n".join(f"  {line}" for line in wrong)
-    raise WeightsError(f"{what} does not fit the network of its configuration; nothing was written:\n{listed}")
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

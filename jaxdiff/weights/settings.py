@@ -1,4 +1,4 @@
-"""Published configurations: every key of one is used, is known to be without effect, or is refused by name and value."""
+"""Published configurations: every key is used, known to be without effect, or refused by name and value."""
 
 from collections.abc import Mapping
 from typing import Any
