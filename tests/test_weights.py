@@ -352,7 +352,7 @@ def test_without_data_there_is_nothing_to_evaluate(command, imported, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["now", "at import"])
 def test_the_likelihood_of_named_data(when, imported, published, tmp_path):
-  x = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3)).astype(np.uint8)
+  x = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3)).astype(np.uint8)
   np.savez(tmp_path / "x.npz", x=x)
   data = ["--config.data.type=npz", f"--config.data.path={tmp_path / 'x.npz'}", "--config.data.levels=256"]
   workdir = imported

@@ -144,7 +144,8 @@ def fields_of(network: UNet, tensors: Tensors, what: str) -> dict[str, Any]:
   per_level, rest = divmod(blocks - 2 - 3 * resampled - 1, 2 * (resampled + 1))
   if rest or per_level < 1:
     raise WeightsError(
-      f"{what} has {blocks} residual blocks {_BLOCK}, which no network of {resampled + 1} levels has: take another preset"
+      f"{what} has {blocks} residual blocks {_BLOCK}, which no network of {resampled + 1} levels has: take "
+      "another preset"
     )
   left_out = ("parent", "name", "conditions", "dtype", "param_dtype")
   fields = {name: getattr(network, name) for name in UNet.__dataclass_fields__ if name not in left_out}
