@@ -142,14 +142,14 @@ class Condition(NamedTuple):
   of: Callable[[Float[Array, "b *d"]], Array] | None = None
 
 
-def label(classes: int, dtype: str = "float32") -> Condition:
+def label(classes: int, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
   """A class of the example, dropped to one more."""
-  return Condition(conditioning.Label(classes, dtype=dtype))
+  return Condition(conditioning.Label(classes, dtype=dtype, param_dtype=param_dtype))
 
 
-def scalar(max_frequency: float = 10.0, dtype: str = "float32") -> Condition:
+def scalar(max_frequency: float = 10.0, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
   """A number of the example; NaN where it is unknown."""
-  return Condition(conditioning.Scalar(max_frequency, dtype=dtype))
+  return Condition(conditioning.Scalar(max_frequency, dtype=dtype, param_dtype=param_dtype))
 
 
 def image(channels: int = 3, dtype: str = "float32") -> Condition:
@@ -157,14 +157,16 @@ def image(channels: int = 3, dtype: str = "float32") -> Condition:
   return Condition(conditioning.Image(channels, dtype=dtype))
 
 
-def embedding(features: int, sequence: bool = False, dtype: str = "float32") -> Condition:
+def embedding(features: int, sequence: bool = False, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
   """What another model made of the example: a vector, or a sequence of vectors."""
-  return Condition(conditioning.Embedding(features, sequence, dtype=dtype))
+  return Condition(conditioning.Embedding(features, sequence, dtype=dtype, param_dtype=param_dtype))
 
 
-def text(length: int, width: int = 128, layers: int = 2, heads: int = 4, dtype: str = "float32") -> Condition:
+def text(
+  length: int, width: int = 128, layers: int = 2, heads: int = 4, dtype: str = "float32", param_dtype: str = "float32"
+) -> Condition:
   """The caption of the example, of data with as large a `text_length`."""
-  return Condition(Text(length, width, layers, heads, dtype=dtype))
+  return Condition(Text(length, width, layers, heads, dtype=dtype, param_dtype=param_dtype))
 
 
 def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> Condition:

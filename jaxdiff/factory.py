@@ -109,6 +109,8 @@ def _check_classifier(config: Config) -> None:
       raise ConfigError(f"config.{path}.type must be {due!r} for config.network.type = 'Classifier', got {kind!r}")
     if not schema.is_classifier(config) and kind == due:
       raise ConfigError(f"config.{path}.type = {kind!r} needs config.network.type = 'Classifier', got {network!r}")
+  if schema.is_classifier(config) and "label" in config["network"].get("conditions", {}):
+    raise ConfigError("config.network.conditions.label is what config.network.type = 'Classifier' learns: leave it out")
   if schema.is_classifier(config) and options.is_flow(config):
     raise ConfigError(
       "config.sde.type = 'CNF' has no noise, which config.network.type = 'Classifier' is to see through"
@@ -179,8 +181,14 @@ def make_network(config: Config) -> Any:
 
 def make_conditions(config: Config) -> dict[str, components.Condition]:
   """What the network is told of an example, by name."""
-  section, dtype = config["network"].get("conditions", {}), config["network"].get("dtype", "float32")
-  return {name: schema.component(f"network.conditions.{name}", part, dtype=dtype) for name, part in section.items()}
+  network, made = config["network"], {}
+  for name, section in network.get("conditions", {}).items():
+    path = f"network.conditions.{name}"
+    (constructor,) = schema.constructors(path, section)
+    takes = inspect.signature(constructor).parameters
+    types = {kind: network[kind] for kind in ("dtype", "param_dtype") if kind in network and kind in takes}
+    made[name] = schema.component(path, section, **types)
+  return made
 
 
 def make_cond(config: Config, source: Source) -> Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]:
@@ -190,10 +198,14 @@ def make_cond(config: Config, source: Source) -> Callable[[Mapping[str, jax.Arra
 
   def of_batch(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     x = batch["x"] if levels is None else decoders.integer_values(batch["x"], levels, (-1.0, 1.0))
-    eight_bits = lambda value: value / 127.5 - 1 if value.dtype == jnp.uint8 and value.ndim == 4 else value
-    return {name: eight_bits(batch[name]) if made.of is None else made.of(x) for name, made in conditions.items()}
+    return {name: _scaled(batch[name]) if made.of is None else made.of(x) for name, made in conditions.items()}
 
   return of_batch
+
+
+def _scaled(value: jax.Array) -> jax.Array:
+  """A field of the examples as the network is told it: 8-bit images in [-1, 1]."""
+  return value / 127.5 - 1 if value.dtype == jnp.uint8 and value.ndim == 4 else value
 
 
 def make_given(config: Config, split: str) -> Given | None:
@@ -205,29 +217,41 @@ def make_given(config: Config, split: str) -> Given | None:
 
 
 def check_conditions(config: Config, source: Source) -> None:
-  """Refuse data that lack what the network is told, or have classes beyond those that it knows."""
-  wanted, x = [], jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
-  for name, made in make_conditions(config).items():
+  """Refuse data that lack what the network is told, or have it of another shape or with classes beyond those it knows.
+
+  Of data that are not in memory so many examples are looked at, spread over all.
+  """
+  conditions = make_conditions(config)
+  if not (conditions or schema.is_classifier(config)):
+    return
+  spread = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)) if len(source) else np.arange(0)
+  known = {**source.gather(spread), **getattr(source.examples, "arrays", {})}
+  for name, made in conditions.items():
     path = f"network.conditions.{name}"
     if made.of is None:
-      wanted.append((f"config.{path}", name, getattr(made.module, "classes", None)))
+      _check_field(f"config.{path}", name, known, source, getattr(made.module, "classes", None))
     elif len(source.shape) != 3:
       raise ConfigError(f"config.{path} is made of images [h, w, c]; the data have shape {source.shape}")
-    else:
-      check = lambda x, made=made, name=name: made.module.check(name, made.of(x), x)
-      schema.construct(lambda check: jax.eval_shape(check, x), {"check": check}, path)
+    x = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
+    field = known[name][:1] if made.of is None else x
+    told = lambda x, field, made=made: _scaled(field) if made.of is None else made.of(x)
+    check = lambda x, field, made=made, name=name, told=told: made.module.check(name, told(x, field), x)
+    schema.construct(
+      lambda check, x, field: jax.eval_shape(check, x, field), {"check": check, "x": x, "field": field}, path
+    )
   if schema.is_classifier(config):
-    wanted.append(("config.network", "label", make_network(config).classes))
-  first = source.gather(np.arange(min(len(source), _LOOKED_AT))) if wanted else {}
-  for path, name, classes in wanted:
-    if name not in first:
-      raise ConfigError(f"{path} needs data with {name!r}; {source.name} has {', '.join(sorted(first))}")
-    found = first[name]
-    if classes is not None and not 0 <= found.min() <= found.max() < classes:
-      raise ConfigError(
-        f"{path}.classes = {classes}, but {source.name} has labels from {found.min()} to {found.max()}: labels count "
-        f"from 0, so set classes={found.max() + 1}"
-      )
+    _check_field("config.network", "label", known, source, make_network(config).classes)
+
+
+def _check_field(path: str, name: str, known: Mapping[str, Any], source: Source, classes: int | None) -> None:
+  if name not in known:
+    raise ConfigError(f"{path} needs data with {name!r}; {source.name} has {', '.join(sorted(known))}")
+  if classes is not None and not 0 <= known[name].min() <= known[name].max() < classes:
+    low, high = known[name].min(), known[name].max()
+    raise ConfigError(
+      f"{path}.classes = {classes}, but {source.name} has labels from {low} to {high}: labels count from 0, so set "
+      f"classes={high + 1}"
+    )
 
 
 def init_params(config: Config, source: Source) -> Any:

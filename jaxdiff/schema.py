@@ -156,7 +156,7 @@ SECTIONS: Mapping[str, Section] = {
   "loss.time": Section(components.TIMES),
   "loss.divergence": Section(components.DIVERGENCES),
   "network": Section(components.NETWORKS, given=("parent", "name"), parts={"conditions": "conditions"}),
-  "network.conditions.*": Section(components.CONDITIONS, given=("dtype",)),
+  "network.conditions.*": Section(components.CONDITIONS, given=("dtype", "param_dtype")),
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),

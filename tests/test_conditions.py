@@ -14,7 +14,7 @@ import jaxdiff as jd
 from jaxdiff import cli, factory, objectives
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
-from jaxdiff.models import conditioning
+from jaxdiff.models import Text, conditioning
 from jaxdiff.models.conditioning import Embedding, Encoded, Image, Label, Scalar
 
 X = jnp.zeros((3, 4, 4, 2))
@@ -41,11 +41,13 @@ def test_a_label_has_its_vector_and_beyond_the_classes_there_is_none():
   assert vector.shape == (3, 8)
   np.testing.assert_array_equal(vector[0], vector[2])
   assert jnp.abs(vector[0] - vector[1]).max() > 0.1
-  wrong = encode({"label": Label(4)}, {"label": jnp.array([5, 3, -9])}).vector
-  assert jnp.isnan(wrong[0]).all()
-  assert jnp.isfinite(wrong[1]).all()
-  assert jnp.isnan(wrong[2]).all()
+  for wrong in ([5, 3, -9], [-1, 3, -2]):  # negative numbers do not count from the end
+    vector = encode({"label": Label(4)}, {"label": jnp.array(wrong)}).vector
+    assert jnp.isnan(vector[jnp.array([0, 2])]).all()
+    assert jnp.isfinite(vector[1]).all()
   assert jnp.isnan(encode({"label": Label(4, droppable=False)}, {"label": jnp.array([4, 0, 0])}).vector[0]).all()
+  with pytest.raises(ValueError, match="Label has droppable=False, so nothing stands for no label"):
+    conditioning.null({"label": Label(4, droppable=False)})
 
 
 def test_an_unknown_scalar_has_a_vector_of_its_own():
@@ -160,6 +162,24 @@ def test_the_loss_with_dropping_is_the_loss_of_what_it_tells():
   np.testing.assert_array_equal(value, loss(jd.keys.split(key)[1], x0, told, cond, u)[0])
 
 
+def test_networks_are_told_the_null_condition_for_dropped_examples():
+  """To the last bit, by labels, images and sequences."""
+  conditions = {"label": Label(4), "image": Image(2), "words": Embedding(5, sequence=True)}
+  cond = {"label": jnp.arange(3), "image": jnp.ones((3, 4, 4, 2)), "words": jnp.ones((3, 1, 5))}
+  seen = []
+  inner = lambda key, x0, network, cond, u: (seen.append(cond), (jnp.zeros(len(x0)), {}))[1]
+  jd.losses.drop_conditions(inner, conditioning.null(conditions), 1.0)(KEY, X, told, cond)
+  expected = encode(conditions, conditioning.nothing(conditions, X))
+  jax.tree.map(np.testing.assert_array_equal, encode(conditions, seen[0]), expected)
+
+
+def test_parameters_of_conditions_are_of_the_type_asked_for():
+  types = {"param_dtype": jnp.bfloat16}
+  for module in (Label(4, **types), Scalar(**types), Embedding(5, True, **types), Text(3, 8, 1, 2, **types)):
+    shapes = jax.eval_shape(module.init, KEY, module.nothing(X), X, 8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
+
+
 @pytest.mark.usefixtures("untyped")
 def test_wrong_dropping_is_refused():
   loss = jd.losses.denoising(jd.VP(), jd.predictions.noise())
@@ -167,6 +187,9 @@ def test_wrong_dropping_is_refused():
     jd.losses.drop_conditions(loss, {"label": 3}, 10)
   with pytest.raises(ValueError, match="cond lacks 'text', which null says how to drop"):
     jd.losses.drop_conditions(loss, {"text": 0}, 0.1)(KEY, jnp.zeros((2, 2)), told, {"label": jnp.zeros(2)})
+  for null, dtype in ((256, jnp.uint8), (float("nan"), jnp.int32)):
+    with pytest.raises(ValueError, match=f"dtype {np.dtype(dtype)}, which cannot hold its null {null}"):
+      jd.losses.drop_conditions(loss, {"label": null}, 0.1)(KEY, X, told, {"label": jnp.zeros(3, dtype)})
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +279,17 @@ def test_conditions_that_the_data_do_not_have_are_refused_before_any_work(config
 
   with pytest.raises(ConfigError, match=message):
     start(with_conditions(config, **conditions))
+
+
+def test_all_labels_and_the_shape_of_every_field_are_checked(config):
+  """Sorted labels, whose last ones are too large; and bytes of another length than the network reads."""
+  label = np.repeat(np.arange(4), 5000)
+  source = from_arrays(np.zeros((len(label), 2), np.float32), label)
+  with pytest.raises(ConfigError, match="labels from 0 to 3: labels count from 0, so set classes=4"):
+    factory.check_conditions(config, source)
+  source = from_arrays(np.zeros((4, 2), np.float32), text=np.ones((4, 6), np.uint8))
+  with pytest.raises(ConfigError, match=r"network.conditions.text: cond\['text'\] has shape \(1, 6\)"):
+    factory.check_conditions(with_conditions(config, text={"type": "text", "length": 5}), source)
 
 
 def test_dropping_needs_conditions(config):

@@ -51,12 +51,12 @@ def test_idx_files_are_read_byte_by_byte(tmp_path):
     b"",
     b"text",
     idx(np.zeros((2, 3), np.uint8))[:-9],
-    gzip.compress(b"\0\0"),
-    gzip.compress(b"\0\0\x08\x03\0\0\0\x01"),
+    gzip.compress(b"\0\0", mtime=0),
+    gzip.compress(b"\0\0\x08\x03\0\0\0\x01", mtime=0),
     idx(np.zeros((2, 3), np.float32), kind=13),
     idx(np.zeros((2, 3), np.int8), kind=9),
-    gzip.compress(gzip.decompress(idx(np.zeros((2, 3), np.uint8)))[:-1]),
-    gzip.compress(gzip.decompress(idx(np.zeros((2, 3), np.uint8))) + b"\0"),
+    gzip.compress(gzip.decompress(idx(np.zeros((2, 3), np.uint8)))[:-1], mtime=0),
+    gzip.compress(gzip.decompress(idx(np.zeros((2, 3), np.uint8))) + b"\0", mtime=0),
   ],
 )
 def test_other_files_than_idx_are_named(tmp_path, content):

@@ -1,9 +1,11 @@
 """Training with and without conditions at once, for classifier-free guidance: some examples are told nothing."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff import checks, keys
@@ -26,7 +28,8 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
     loss(key, x0, network, cond, u=None) -> ([b], aux), with aux "dropped": 1 where the example was told nothing.
 
   Raises:
-    ValueError: a probability outside [0, 1]; when called, a condition that `null` names and cond lacks.
+    ValueError: a probability outside [0, 1]; when called, a condition that `null` names and cond lacks, or one whose
+      type cannot hold its null.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
@@ -53,12 +56,22 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
     drop_key, loss_key = jax.random.split(key) if key.ndim == 0 else keys.split(key)
     dropped = keys.uniform(keys.per_example(drop_key, len(x0)), (len(x0),)) < probability
 
-    def drop(value: Array, nothing: Scalar) -> Array:
+    def drop(name: str, value: Array) -> Array:
       where = dropped.reshape(-1, *(1,) * (value.ndim - 1))
-      return jnp.where(where, jnp.asarray(nothing).astype(value.dtype), value)
+      return jnp.where(where, _as_type(null[name], value.dtype, name), value)
 
-    told = {name: drop(value, null[name]) if name in null else value for name, value in cond.items()}
+    told = {name: drop(name, value) if name in null else value for name, value in cond.items()}
     value, aux = loss(loss_key, x0, network, told, u)
     return value, {**aux, "dropped": dropped.astype(value.dtype)}
 
   return dropping
+
+
+def _as_type(nothing: Scalar, dtype: Any, name: str) -> Array:
+  """A null value in the type of its condition, which must hold it."""
+  if not isinstance(nothing, jax.Array):
+    with np.errstate(invalid="ignore"):
+      there = np.asarray(nothing).astype(dtype)
+    if not np.array_equal(there, np.asarray(nothing), equal_nan=jnp.issubdtype(dtype, jnp.floating)):
+      raise ValueError(f"cond[{name!r}] has dtype {dtype}, which cannot hold its null {nothing}: pass a wider type")
+  return jnp.asarray(nothing).astype(dtype)

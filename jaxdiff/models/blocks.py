@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
     param_dtype: type of the parameters.
     norm_epsilon: added to the variance in the norms.
     modulation: how the embedding acts: see the module.
-    all_biases: whether also those biases and scales exist that others can stand for.
+    all_biases: whether also those biases and scales exist for which others can mostly stand: see the module.
     skip_rescale: whether the sum with the shortcut is divided by sqrt 2.
     padding: what lies beyond the border.
     resample: whether height and width are halved or doubled.

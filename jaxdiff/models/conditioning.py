@@ -121,6 +121,12 @@ def check_array(name: str, value: Array, x: Array, shape: tuple[int | None, ...]
     raise ValueError(f"cond[{name!r}] has shape {value.shape} beside x of shape {x.shape}: pass {words}")
 
 
+def rows(table: Float[Array, "n e"], index: Int[Array, "..."]) -> Float[Array, "... e"]:
+  """The rows of a table, NaN where there is none: negative numbers do not count from the end."""
+  inside = jnp.where(index < 0, len(table), index.astype(jnp.int32))
+  return jnp.take(table, inside, axis=0, mode="fill", fill_value=jnp.nan)
+
+
 class Label(nn.Module):
   """A class, by a learned vector.
 
@@ -128,6 +134,7 @@ class Label(nn.Module):
     classes: how many; labels are 0 .. classes - 1. Labels beyond give NaN.
     droppable: whether there is a vector for the null label, `classes`.
     dtype: type of the computation.
+    param_dtype: type of the parameters.
 
   Example:
     >>> label, x = Label(10), jnp.zeros((2, 8, 8, 1))
@@ -138,21 +145,26 @@ class Label(nn.Module):
   classes: int
   droppable: bool = True
   dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @property
   def null(self) -> int:
+    if not self.droppable:
+      raise ValueError("Label has droppable=False, so nothing stands for no label: set it to True to drop labels")
     return self.classes
 
   def nothing(self, x: Array) -> Int[Array, " b"]:
-    return jnp.full(x.shape[:1], self.null, jnp.int32)
+    return jnp.full(x.shape[:1], self.classes if self.droppable else 0, jnp.int32)
 
   def check(self, name: str, value: Array, x: Array) -> None:
-    check_array(name, value, x, (), jnp.integer, f"integers [b] from 0 to {self.classes - 1}, null {self.classes}")
+    null = f", null {self.classes}" if self.droppable else ""
+    check_array(name, value, x, (), jnp.integer, f"integers [b] from 0 to {self.classes - 1}{null}")
 
   @nn.compact
   def __call__(self, value: Int[Array, " b"], x: Shaped[Array, "b ..."], features: int) -> Encoded:
-    table = self.param("table", nn.initializers.normal(0.02), (self.classes + self.droppable, features))
-    return Encoded(vector=jnp.take(table, value, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype))
+    shape = self.classes + self.droppable, features
+    table = self.param("table", nn.initializers.normal(0.02), shape, self.param_dtype)
+    return Encoded(vector=rows(table, value).astype(self.dtype))
 
 
 class Scalar(nn.Module):
@@ -161,10 +173,12 @@ class Scalar(nn.Module):
   Attributes:
     max_frequency: see `sinusoidal_embedding`: about 10 for numbers of the order of 1 that need no more than 1 % of it.
     dtype: type of the computation.
+    param_dtype: type of the parameters.
   """
 
   max_frequency: float = 10.0
   dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @property
   def null(self) -> float:
@@ -181,10 +195,10 @@ class Scalar(nn.Module):
     nothing = jnp.isnan(value)
     known = jnp.where(nothing, 0.0, value)
     h = sinusoidal_embedding(known, max(4, features // 4 * 2), self.max_frequency, 1e-2 * self.max_frequency)
-    h = nn.silu(nn.Dense(features, dtype=self.dtype)(h.astype(self.dtype)))
-    h = nn.Dense(features, dtype=self.dtype)(h)
-    unknown = self.param("unknown", nn.initializers.normal(0.02), (features,)).astype(self.dtype)
-    return Encoded(vector=jnp.where(nothing[:, None], unknown[None], h))
+    h = nn.silu(nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype)(h.astype(self.dtype)))
+    h = nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype)(h)
+    unknown = self.param("unknown", nn.initializers.normal(0.02), (features,), self.param_dtype)
+    return Encoded(vector=jnp.where(nothing[:, None], unknown[None].astype(self.dtype), h))
 
 
 class Image(nn.Module):
@@ -229,11 +243,13 @@ class Embedding(nn.Module):
     features: size of the vectors.
     sequence: whether there is a sequence of them.
     dtype: type of the computation.
+    param_dtype: type of the parameters.
   """
 
   features: int
   sequence: bool = False
   dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
 
   @property
   def null(self) -> int:
@@ -250,12 +266,12 @@ class Embedding(nn.Module):
   def __call__(self, value: Float[Array, "b *n f"], x: Shaped[Array, "b ..."], features: int) -> Encoded:
     value = value.astype(self.dtype)
     there = jnp.any(value != 0, axis=-1)
-    h = nn.Dense(features, dtype=self.dtype)(value)
+    h = nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype)(value)
     if not self.sequence:
       return Encoded(vector=jnp.where(there[:, None], h, 0.0))
     h = jnp.where(there[..., None], h, 0.0)
     mean = jnp.sum(h, axis=1) / jnp.maximum(1, jnp.sum(there, axis=1)).astype(h.dtype)[:, None]
-    first = self.param("first", nn.initializers.normal(0.02), (features,)).astype(self.dtype)
+    first = self.param("first", nn.initializers.normal(0.02), (features,), self.param_dtype).astype(self.dtype)
     first = jnp.broadcast_to(first, (len(value), 1, features))  # there is always something to attend to
     tokens = jnp.concatenate([first, h], axis=1)
     return Encoded(vector=mean, tokens=tokens, mask=jnp.concatenate([jnp.ones_like(there[:, :1]), there], axis=1))

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
 
 from jaxdiff.models.attention import attention
-from jaxdiff.models.conditioning import Encoded, check_array
+from jaxdiff.models.conditioning import Encoded, check_array, rows
 from jaxdiff.models.layers import check_divisible
 
 _NORMAL = nn.initializers.normal(0.02)
@@ -114,7 +114,7 @@ class Text(nn.Module):
     first = self.param("first", _NORMAL, (self.width,), self.param_dtype).astype(self.dtype)
     table = self.param("table", _NORMAL, (256, self.width), self.param_dtype)
     positions = self.param("positions", _NORMAL, (self.length, self.width), self.param_dtype)
-    letters = jnp.take(table, value, axis=0, mode="fill", fill_value=jnp.nan) + positions[None]
+    letters = rows(table, value) + positions[None]
     mask = jnp.pad(value != 0, ((0, 0), (1, 0)), constant_values=True)
     h = jnp.concatenate([jnp.broadcast_to(first, (len(value), 1, self.width)), letters.astype(self.dtype)], axis=1)
     for _ in range(self.layers):

@@ -94,8 +94,8 @@ class UNet(nn.Module):
     fourier_scale: standard deviation of the random frequencies, cycles per unit of t.
     modulation: how the embedding acts in a residual block: "add", before the second norm (DDPM), or "scale_shift",
       after it (ADM).
-    all_biases: whether the network has those biases and scales, too, that published networks have though others can
-      stand for them: of first convolutions, of scaled and shifted norms, of queries, keys and values.
+    all_biases: whether the network has all biases and scales that published networks have: also those of first
+      convolutions, of scaled and shifted norms, and of queries, keys and values, for which others can mostly stand.
     norm_epsilon: added to the variance in the norms (1e-6 in DDPM and NCSN++, 1e-5 in ADM).
     head_channels: channels of a head, which then has as many heads as `heads` would say; 0 to go by `heads`.
     middle_attention: whether the middle, at the lowest resolution, has a self-attention.

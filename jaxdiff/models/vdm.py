@@ -18,7 +18,9 @@ from jaxdiff.models import conditioning
 from jaxdiff.models.attention import SelfAttention
 from jaxdiff.models.blocks import ResidualBlock
 from jaxdiff.models.convolution import Conv
-from jaxdiff.models.layers import ZERO, TimeEmbedding, check_divisible, check_input, fourier_features
+from jaxdiff.models.layers import ZERO, TimeEmbedding, check_choice, check_divisible, check_input, fourier_features
+from jaxdiff.models.remat import CHOICES as REMAT_CHOICES
+from jaxdiff.models.remat import Remat, rematerialized
 from jaxdiff.models.resampling import Padding
 
 
@@ -42,6 +44,7 @@ class VDMNet(nn.Module):
     conditions: what the network is told beside x and t; modules by name, of vectors and channels: see `conditioning`.
     dtype: type of the computation.
     param_dtype: type of the parameters.
+    remat: what the backward pass computes again of every residual block: see `remat`.
 
   Example:
     >>> import jax
@@ -52,7 +55,8 @@ class VDMNet(nn.Module):
 
   References:
     Kingma et al. 2021, Variational Diffusion Models, Appendices B and C: depth 32 and 128 channels for CIFAR-10, 256
-    with augmentation and for ImageNet at 32x32, depth 64 and 256 channels for ImageNet at 64x64; dropout 0.1.
+    with augmentation and for ImageNet at 32x32, depth 64 and 256 channels for ImageNet at 64x64. Its output is added
+    to x there, so that it starts as the noise of pure noise; here it starts at zero, as all networks.
   """
 
   depth: int = 32
@@ -65,6 +69,7 @@ class VDMNet(nn.Module):
   conditions: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(
@@ -88,6 +93,7 @@ class VDMNet(nn.Module):
     """
     check_input(x, t, rank=4, layout="images [b, h, w, c]")
     check_divisible("channels", self.channels, "groups", self.groups)
+    check_choice("remat", self.remat, REMAT_CHOICES)
     if self.depth < 1:
       raise ValueError(f"depth={self.depth}: pass 1 or more, such as 32")
     encoded = conditioning.encode(self.conditions, cond, x, 4 * self.channels)
@@ -122,4 +128,5 @@ class VDMNet(nn.Module):
     return conv(x.shape[-1], kernel_init=ZERO, name="output")(h).astype(x.dtype)
 
   def _row(self, body: Callable[..., Any], length: int) -> Callable[..., Any]:
+    body = rematerialized(body, self.remat, within_scan=True)
     return nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length)
