@@ -105,12 +105,11 @@ def test_strides_dilations_groups_and_types_are_left_to_lax():
   assert grouped.shape == X.shape
 
 
-@pytest.mark.usefixtures("band")
-def test_bands_of_bfloat16_are_summed_in_float32():
+def test_bands_of_bfloat16_are_summed_in_float32(monkeypatch):
+  monkeypatch.setattr(module, "_BAND", 1)
+  x, g = (1 + 0.1 * jax.random.normal(jax.random.key(k), (1, 96, 4, c)) for k, c in ((0, 3), (1, 2)))
   half = lambda a: a.astype(jnp.bfloat16)
-  x, w = half(jnp.concatenate([X] * 4)), half(W)
-  ours, theirs = (jax.grad(loss, 2)(conv, x, w) for conv in (convolution, of_lax))
-  exact = jax.grad(loss, 2)(of_lax, x.astype(jnp.float32), w.astype(jnp.float32))
+  ours = jax.vjp(lambda w: convolution(half(x), w, (1, 1), "SAME"), half(W))[1](half(g))[0]
+  exact = jax.vjp(lambda w: of_lax(x, w, (1, 1), "SAME"), W)[1](g)[0]
   assert ours.dtype == jnp.bfloat16
-  error = lambda g: jnp.linalg.norm(g.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
-  assert error(ours) < 1.5 * error(theirs)
+  np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0.006)  # bfloat16 rounds by 0.004

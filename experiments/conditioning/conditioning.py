@@ -104,6 +104,9 @@ def compare(name: str, run: Run, batch: dict[str, np.ndarray], groups: np.ndarra
     told["none"] = {key: np.full_like(value, run.null[key]) for key, value in true.items()}
   found = {how: errors(run, batch, cond) for how, cond in told.items()}
   print(f"\n{TITLES[name]}: n = {len(groups)} in {groups.max() + 1} groups")
+  if name != "text":
+    error = np.mean((enlarged(true, batch, "linear") - pictures(batch)) ** 2)
+    print(f"the condition itself in place of the denoised image: {error:.5f}")
   others = [how for how in found if how != "true"]
   print("sigma/alpha      true  " + "  ".join(f"{how + ' - true':>32}" for how in others))
   for k, level in enumerate(LEVELS):
@@ -115,6 +118,17 @@ def compare(name: str, run: Run, batch: dict[str, np.ndarray], groups: np.ndarra
 def _in_words(gap: np.ndarray, true: np.ndarray, groups: np.ndarray) -> str:
   error = standard_error(gap, groups)
   return f"{gap.mean():+9.5f} +- {error:.5f} ({100 * gap.mean() / true.mean():+5.1f} %)"
+
+
+def by_category(found: dict[str, np.ndarray], groups: np.ndarray, categories: np.ndarray) -> None:
+  """Prints the differences for each kind of emoji, at one level."""
+  level = len(LEVELS) - 3
+  print(f"\nexchanged - true at sigma/alpha = {LEVELS[level]:.3f}")
+  for category in np.unique(categories):
+    rows = categories == category
+    true, inside = found["true"][level, rows], np.unique(groups[rows], return_inverse=True)[1]
+    gap = found["exchanged"][level, rows] - true
+    print(f"{category:20} n = {rows.sum():3} in {inside.max() + 1:2} groups  {_in_words(gap, true, inside)}")
 
 
 def draw(run: Run, batch: dict[str, np.ndarray], seed: int, guidance: float = 1.0) -> np.ndarray:
@@ -145,6 +159,13 @@ def pictures(batch: dict[str, np.ndarray]) -> np.ndarray:
   return (batch["x"].astype(np.float32) + 0.5) / 128 - 1
 
 
+def enlarged(cond: dict[str, Any], batch: dict[str, np.ndarray], method: str) -> np.ndarray:
+  """The image that is the condition, of the size and with the colours of x."""
+  (told,) = cond.values()
+  told = jax.image.resize(jnp.asarray(told), (*batch["x"].shape[:3], told.shape[-1]), method)
+  return np.broadcast_to(np.asarray(told), batch["x"].shape)
+
+
 def chosen(batch: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, np.ndarray]:
   """The first examples of different groups, in the order of the split, which is random."""
   rows = np.sort(np.unique(groups, return_index=True)[1])[:COLUMNS]
@@ -152,7 +173,7 @@ def chosen(batch: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, np.nda
 
 
 def show_rows(axis: Any, rows: list[np.ndarray], words: list[str]) -> None:
-  axis.imshow(tile(np.concatenate(rows), len(rows[0])))
+  axis.imshow(tile(np.concatenate(rows), len(rows[0])), interpolation="nearest")
   height = rows[0].shape[1] + 1
   axis.set(xticks=[], yticks=[height * (k + 0.5) for k in range(len(rows))])
   axis.set_yticklabels(words, fontsize=8)
@@ -165,7 +186,7 @@ def save_texts(path: Path, run: Run, batch: dict[str, np.ndarray]) -> None:
   rows = [draw(run, batch, seed=0), draw(run, batch, seed=1)]
   rows += [draw(run, batch, seed=0, guidance=GUIDANCE), draw(run, batch, seed=1, guidance=GUIDANCE), pictures(batch)]
   words = ["sample", "another", f"guidance {GUIDANCE:g}", "another", "original"]
-  figure, axis = plt.subplots(figsize=(12, 6.4), layout="constrained")
+  figure, axis = plt.subplots(figsize=(12, 5.8), layout="constrained")
   show_rows(axis, rows, words)
   for k, text in enumerate(decode_text(batch["text"])):
     axis.text(33 * (k + 0.5), -2, textwrap.fill(text, 15), ha="center", va="bottom", fontsize=7)
@@ -176,9 +197,7 @@ def save_images(path: Path, runs: dict[str, Run], batch: dict[str, np.ndarray]) 
   """Colorized and enlarged images."""
   figure, axes = plt.subplots(2, 1, figsize=(12, 9.2), layout="constrained")
   for axis, (name, run) in zip(axes, runs.items(), strict=True):
-    (told,) = run.cond(batch).values()
-    told = jax.image.resize(told, (*batch["x"].shape[:3], told.shape[-1]), "nearest")
-    shown = np.broadcast_to(np.asarray(told), batch["x"].shape)
+    shown = enlarged(run.cond(batch), batch, "nearest")
     show_rows(
       axis,
       [shown, draw(run, batch, seed=0), draw(run, batch, seed=1), pictures(batch)],
@@ -193,7 +212,7 @@ def save_effects(path: Path, found: dict[str, dict[str, np.ndarray]], groups: np
   figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.4), layout="constrained")
   for axis, (name, of) in zip(axes, found.items(), strict=True):
     mean = of["true"].mean(axis=-1)
-    for how in of.keys() - {"true"}:
+    for how in [how for how in of if how != "true"]:
       gap = of[how] - of["true"]
       bars = 2 * standard_error(gap, groups) / mean
       axis.errorbar(LEVELS, gap.mean(axis=-1) / mean, bars, marker="o", markersize=3, capsize=2, label=how)
@@ -214,9 +233,11 @@ def main() -> None:
   held_out = factory.make_source(data, "test")
   batch = held_out.gather(np.arange(len(held_out)))
   lines = (Path(data["data"]["path"]) / "test.jsonl").read_text(encoding="utf-8").splitlines()
-  groups = np.unique([json.loads(line)["name"] for line in lines], return_inverse=True)[1]
+  said = [json.loads(line) for line in lines]
+  groups = np.unique([each["name"] for each in said], return_inverse=True)[1]
   runs = {name: load(getattr(options, name), held_out) for name in TITLES}
   found = {name: compare(name, run, batch, groups) for name, run in runs.items()}
+  by_category(found["text"], groups, np.array([each["category"] for each in said]))
   save_effects(options.out / "effect.png", found, groups)
   few = chosen(batch, groups)
   save_texts(options.out / "text.png", runs.pop("text"), few)

@@ -2,7 +2,7 @@
 
 XLA's CPU backend is fast for one order of the axes, images [b, h, w, c] with kernels [k, l, c, f], and brings others
 into it: but not within loops (`lax.scan`, `while_loop`), where the gradients of a convolution, which `jax.lax` states
-in other orders, run 20 to 30 times slower (jaxlib 0.10.2 and 0.12.0). Here they are stated in that order,
+in other orders, run 10 to 30 times slower and more (jaxlib 0.10.2, 0.12.0). Here they are stated in that order,
 
     dL/dx = g * w'           w' the kernel turned by 180 degrees, its channels exchanged
     dL/dw = x^T * g^T        a convolution of the images [c, h, w, b] with the "kernel" [h, w, b, f]
