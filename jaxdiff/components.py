@@ -86,8 +86,9 @@ def ancestral(
   denoise: bool = False,
   path: int = 0,
 ) -> samplers.FixedGrid:
-  """Ancestral sampling; of a chain over the steps nearest to the grid and on to the data."""
+  """Ancestral sampling; of a chain over the steps nearest to the grid and on to the data, which are without noise."""
   if hasattr(forward, "sde"):
+    denoise = False
     ts = jnp.asarray(np.unique([0, *np.asarray(forward.index(ts)).tolist()])[::-1])
   return samplers.ancestral(forward, ts, variance, denoise=denoise, path=path)
 
