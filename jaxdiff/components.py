@@ -173,6 +173,9 @@ def text(
 def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> Condition:
   """The image itself, smaller by a factor: super-resolution."""
 
+  if factor < 1:
+    raise ValueError(f"factor must be at least 1, got {factor}")
+
   def smaller(x: Array) -> Array:
     b, h, w, c = x.shape
     if h % factor or w % factor:
@@ -184,7 +187,13 @@ def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> C
 
 def greyscale(dtype: str = "float32") -> Condition:
   """The brightness of the RGB image itself (ITU-R 601 luma): colorization."""
-  return Condition(conditioning.Image(1, dtype=dtype), lambda x: x @ jnp.array([[0.299], [0.587], [0.114]], x.dtype))
+
+  def brightness(x: Array) -> Array:
+    if x.shape[-1] != 3:
+      raise ValueError(f"a greyscale condition is made of RGB images, of 3 channels; these have {x.shape[-1]}")
+    return x @ jnp.array([[0.299], [0.587], [0.114]], x.dtype)
+
+  return Condition(conditioning.Image(1, dtype=dtype), brightness)
 
 
 SOURCES: Table = {

@@ -176,7 +176,10 @@ def make_network(config: Config) -> Any:
   """The linen module."""
   conditions = {name: made.module for name, made in make_conditions(config).items()}
   given = {"conditions": conditions} if conditions else {}
-  return schema.component("network", config["network"], parent=None, name=None, **given)
+  made = schema.component("network", config["network"], parent=None, name=None, **given)
+  if not 0 <= getattr(made, "dropout", 0.0) < 1:
+    raise ConfigError(f"config.network.dropout must be in [0, 1), got {made.dropout}")
+  return made
 
 
 def make_conditions(config: Config) -> dict[str, components.Condition]:

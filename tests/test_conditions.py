@@ -12,6 +12,7 @@ import pytest
 
 import jaxdiff as jd
 from jaxdiff import cli, factory, objectives
+from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
 from jaxdiff.models import Text, conditioning
@@ -105,6 +106,12 @@ def test_nothing_is_full_of_null():
 @pytest.mark.parametrize(
   ("conditions", "cond", "error", "message"),
   [
+    (
+      {"t": Scalar()},
+      {"t": jnp.zeros(3)},
+      ValueError,
+      "conditions has the name 't', which is that of another argument",
+    ),
     ({"label": Label(3)}, {"lable": jnp.zeros(3, int)}, ValueError, "cond has 'lable', .* it has label"),
     ({}, {"label": jnp.zeros(3, int)}, ValueError, "cond has 'label', .* it has none: give it `conditions`"),
     ({"label": Label(3), "a": Scalar()}, {"a": jnp.zeros(3)}, ValueError, "cond lacks 'label': pass all of a, label"),
@@ -176,7 +183,7 @@ def test_networks_are_told_the_null_condition_for_dropped_examples():
 def test_parameters_of_conditions_are_of_the_type_asked_for():
   types = {"param_dtype": jnp.bfloat16}
   for module in (Label(4, **types), Scalar(**types), Embedding(5, True, **types), Text(3, 8, 1, 2, **types)):
-    shapes = jax.eval_shape(module.init, KEY, module.nothing(X), X, 8)
+    shapes = jax.eval_shape(lambda value, module=module: module.init(KEY, value, X, 8), module.nothing(X))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
 
 
@@ -269,6 +276,7 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
       "conditions.small: factor=3 does not divide the 4x4 pixels",
     ),
     ({"small": {"type": "downsampled", "channels": 1}}, r"conditions.small: cond\['small'\] has shape \(1, 2, 2, 3\)"),
+    ({"small": {"type": "downsampled", "factor": 0}}, "conditions.small: factor must be at least 1, got 0"),
     ({"grey": {"type": "image", "channels": 1}}, "config.network.conditions.grey needs data with 'grey'"),
   ],
 )
@@ -290,6 +298,43 @@ def test_all_labels_and_the_shape_of_every_field_are_checked(config):
   source = from_arrays(np.zeros((4, 2), np.float32), text=np.ones((4, 6), np.uint8))
   with pytest.raises(ConfigError, match=r"network.conditions.text: cond\['text'\] has shape \(1, 6\)"):
     factory.check_conditions(with_conditions(config, text={"type": "text", "length": 5}), source)
+
+
+def test_npz_hands_out_other_arrays_under_their_own_names(tmp_path, config):
+  rng = np.random.default_rng(0)
+  arrays = {"x": rng.normal(size=(20, 2)), "level": rng.normal(size=20), "clip": rng.normal(size=(20, 5))}
+  np.savez(tmp_path / "whole.npz", **arrays)
+  np.savez(
+    tmp_path / "parts.npz", **{f"{name}_{split}": a for name, a in arrays.items() for split in ("train", "test")}
+  )
+  for name, count in (("whole", 18), ("parts", 20)):
+    source = sources.npz("train", tmp_path / f"{name}.npz")
+    batch = source.gather(np.arange(count))
+    rows = [np.flatnonzero(np.isclose(arrays["x"][:, 0], x[0]))[0] for x in batch["x"]]
+    np.testing.assert_allclose(batch["level"], arrays["level"][rows], rtol=1e-6)
+    np.testing.assert_allclose(batch["clip"], arrays["clip"][rows], rtol=1e-6)
+    told = {"level": {"type": "scalar"}, "clip": {"type": "embedding", "features": 5}}
+    factory.check_conditions(with_conditions(config, **told), source)
+  np.savez(tmp_path / "short.npz", x=arrays["x"], level=arrays["level"][:-1])
+  with pytest.raises(ValueError, match=r"needs x \[n, ...\], .* it holds .*level \[19\]"):
+    sources.npz("train", tmp_path / "short.npz")
+
+
+def test_tokens_without_a_mask_are_all_there():
+  class Mine(nn.Module):
+    def nothing(self, x):
+      return jnp.zeros(len(x))
+
+    def check(self, name, value, x):
+      pass
+
+    @nn.compact
+    def __call__(self, value, x, features):
+      return Encoded(tokens=jnp.broadcast_to(value[:, None, None], (len(x), 2, features)))
+
+  cond = {"mine": jnp.ones(3), "words": jnp.zeros((3, 1, 5))}
+  mask = encode({"mine": Mine(), "words": Embedding(5, sequence=True)}, cond).mask
+  assert mask.tolist() == [[True, True, True, False]] * 3
 
 
 def test_dropping_needs_conditions(config):

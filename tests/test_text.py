@@ -283,7 +283,7 @@ def test_npz_hands_out_captions(tmp_path):
   np.savez(tmp_path / "short.npz", x=x, text=CAPTIONS[:3])
   for file, length, message in [
     ("bytes.npz", 8, r"has text_train uint8\[5, 16\]; expected strings \[n\], or bytes \[n, text_length=8\]"),
-    ("short.npz", 16, r"needs x \[n, ...\], label \[n\] and text \[n\]"),
+    ("short.npz", 16, r"needs x \[n, ...\], label \[n\], text \[n\] and others"),
   ]:
     with pytest.raises(ValueError, match=message):
       sources.npz("train", tmp_path / file, 256, text_length=length)

@@ -40,7 +40,10 @@ def sample(config: Config, workdir: Path) -> None:
   )
   if not console.first_process():
     return status.check(drawn["code"], drawn["accepted"])
-  np.savez_compressed(workdir / "samples.npz", x=drawn["x"], nfe=drawn["nfe"])
+  arrays = {"x": drawn["x"], "nfe": drawn["nfe"]}
+  if given is not None:
+    arrays["example"] = np.arange(settings.num) % len(given.source)
+  np.savez_compressed(workdir / "samples.npz", allow_pickle=False, **arrays)
   (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
   status.check(drawn["code"], drawn["accepted"])
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")

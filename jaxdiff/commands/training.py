@@ -121,6 +121,8 @@ def _launcher(settings: TrainSettings) -> parallel.Launcher:
 def _placed(launcher: parallel.Launcher, init: Callable[[], TrainState]) -> TrainState:
   try:
     return launcher.abstract(init)
+  except ConfigError:
+    raise
   except ValueError as error:
     raise ConfigError(f"config.train.fsdp: {error}") from error
 

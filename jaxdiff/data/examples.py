@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -141,6 +142,7 @@ def from_arrays(
   label: np.ndarray | None = None,
   *,
   text: np.ndarray | None = None,
+  more: Mapping[str, np.ndarray] = MappingProxyType({}),
   levels: int | None = None,
   name: str = "arrays",
   split: str = "train",
@@ -151,6 +153,7 @@ def from_arrays(
     x: integers [n, h, w, c] or [n, d] in 0..levels-1, or real numbers [n, ...] with `levels=None`.
     label: integers [n], optional.
     text: bytes uint8 [n, length] of `encode_text`, optional.
+    more: other numbers of the examples by name, [n, ...]: 8-bit images, embeddings, scalars. Floats become float32.
     levels: number of integer levels; None for continuous data, which are kept as float32.
     name: what the data are.
     split: name of the split.
@@ -177,6 +180,11 @@ def from_arrays(
   if text is not None:
     check_text(text, len(x), name)
     arrays["text"] = _read_only(text)
+  for field, array in more.items():
+    if array.shape[:1] != x.shape[:1] or array.dtype.kind not in "fiu":
+      raise ValueError(f"{field}: {name!r} has {array.dtype}{list(array.shape)}; expected {len(x)} entries of numbers")
+    kind = np.float32 if array.dtype.kind == "f" else np.uint8 if array.dtype == np.uint8 else np.int32
+    arrays[field] = _read_only(array.astype(kind))
   return Source(name, ArrayExamples(arrays), levels, x.shape[1:], split, _content_hash(arrays))
 
 

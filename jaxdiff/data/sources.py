@@ -95,7 +95,8 @@ def npz(
 
   The file holds either `x_train` and `x_test` (labels, if any, in `label_train` and `label_test`, captions in
   `text_train` and `text_test`), or one array `x` (labels in `label`, captions in `text`), which a permutation of `seed`
-  splits. Arrays have a leading example axis; captions are strings, or bytes [n, text_length] of `encode_text`. Pickled
+  splits. Other arrays of numbers go with the examples, under their own names (`NAME_train` and `NAME_test`, or
+  `NAME`). Arrays have a leading example axis; captions are strings, or bytes [n, text_length] of `encode_text`. Pickled
   objects are refused.
 
   Args:
@@ -129,13 +130,22 @@ def npz(
   end = f"_{split}" if parts else ""
   x, label = arrays[f"x{end}"], arrays.get(f"label{end}")
   text = _npz_text(arrays, f"text{end}", text_length, path) if text_length else None
+  others = {
+    name.removesuffix(end): array
+    for name, array in arrays.items()
+    if name.endswith(end) and name.removesuffix(end) not in ("x", "label", "text") and array.dtype.kind in "fiu"
+  }
+  given = {"label": label, "text": text} | others
+  fields = {name: array for name, array in given.items() if array is not None}
   if whole:
-    more = [array.shape[:1] for array in (label, text) if array is not None]
-    if x.ndim == 0 or any(shape != x.shape[:1] for shape in more):
-      raise ValueError(f"path: {path} needs x [n, ...], label [n] and text [n]; it holds {_shapes(arrays)}")
+    if x.ndim == 0 or any(array.shape[:1] != x.shape[:1] for array in fields.values()):
+      raise ValueError(
+        f"path: {path} needs x [n, ...], label [n], text [n] and others [n, ..]; it holds {_shapes(arrays)}"
+      )
     rows = split_fraction(split, len(x), test_fraction, seed)
-    x, label, text = x[rows], None if label is None else label[rows], None if text is None else text[rows]
-  return from_arrays(x, label, text=text, levels=levels, name=f"npz/{path.name}", split=split)
+    x, fields = x[rows], {name: array[rows] for name, array in fields.items()}
+  label, text = fields.pop("label", None), fields.pop("text", None)
+  return from_arrays(x, label, text=text, more=fields, levels=levels, name=f"npz/{path.name}", split=split)
 
 
 def image_folder(

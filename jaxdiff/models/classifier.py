@@ -1,7 +1,8 @@
 """Classifier of noised images: (x: [b, h, w, c], t: [b], **cond) -> logits [b, classes].
 
 The way down of a U-Net and its middle, as in ADM but for biases, epsilons and the number of heads: residual blocks told
-the time, halving height and width within blocks of their own, then attention pooling: the mean of all positions asks them, and itself, what they have of the classes.
+the time, halving height and width within blocks of their own, then attention pooling: the mean of all positions asks
+them, and itself, what they have of the classes.
 
 Parameters, in the order of the computation:
 

@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from jaxdiff.models.layers import sinusoidal_embedding
 
@@ -64,7 +64,7 @@ def encode(conditions: Mapping[str, Any], cond: Mapping[str, Array], x: Array, f
   check_names(conditions, cond)
   for name, module in conditions.items():
     module.check(name, cond[name], x)
-  parts = [conditions[name](cond[name], x, features) for name in sorted(conditions)]
+  parts = [_masked(conditions[name](cond[name], x, features)) for name in sorted(conditions)]
   joined = lambda kind: [value for part in parts if (value := getattr(part, kind)) is not None]
   together = lambda values, axis: jnp.concatenate(values, axis) if values else None
   vectors = joined("vector")
@@ -74,6 +74,13 @@ def encode(conditions: Mapping[str, Any], cond: Mapping[str, Array], x: Array, f
     tokens=together(joined("tokens"), 1),
     mask=together(joined("mask"), 1),
   )
+
+
+def _masked(encoded: Encoded) -> Encoded:
+  """With a mask beside the tokens: all of them are there if nothing else is said."""
+  if encoded.tokens is None or encoded.mask is not None:
+    return encoded
+  return encoded._replace(mask=jnp.ones(encoded.tokens.shape[:2], bool))
 
 
 def null(conditions: Mapping[str, Any]) -> dict[str, float | int]:
@@ -99,6 +106,8 @@ def nothing(conditions: Mapping[str, Any], x: Array) -> dict[str, Array]:
 
 def check_names(conditions: Mapping[str, Any], cond: Mapping[str, Array]) -> None:
   """Raises a ValueError for conditions that the network does not have, and for those that are missing."""
+  if taken := sorted({"x", "t", "train"} & conditions.keys()):
+    raise ValueError(f"conditions has the name {taken[0]!r}, which is that of another argument: take another name")
   known = ", ".join(sorted(conditions)) or "none: give it `conditions`"
   if unknown := sorted(cond.keys() - conditions.keys()):
     raise ValueError(f"cond has {', '.join(map(repr, unknown))}, a condition that the network lacks; it has {known}")
@@ -121,7 +130,7 @@ def check_array(name: str, value: Array, x: Array, shape: tuple[int | None, ...]
     raise ValueError(f"cond[{name!r}] has shape {value.shape} beside x of shape {x.shape}: pass {words}")
 
 
-def rows(table: Float[Array, "n e"], index: Int[Array, "..."]) -> Float[Array, "... e"]:
+def rows(table: Float[Array, "n e"], index: Integer[Array, "..."]) -> Float[Array, "... e"]:
   """The rows of a table, NaN where there is none: negative numbers do not count from the end."""
   inside = jnp.where(index < 0, len(table), index.astype(jnp.int32))
   return jnp.take(table, inside, axis=0, mode="fill", fill_value=jnp.nan)
@@ -161,7 +170,7 @@ class Label(nn.Module):
     check_array(name, value, x, (), jnp.integer, f"integers [b] from 0 to {self.classes - 1}{null}")
 
   @nn.compact
-  def __call__(self, value: Int[Array, " b"], x: Shaped[Array, "b ..."], features: int) -> Encoded:
+  def __call__(self, value: Integer[Array, " b"], x: Shaped[Array, "b ..."], features: int) -> Encoded:
     shape = self.classes + self.droppable, features
     table = self.param("table", nn.initializers.normal(0.02), shape, self.param_dtype)
     return Encoded(vector=rows(table, value).astype(self.dtype))

@@ -314,6 +314,11 @@ class UNet(nn.Module):
     if self.resample_in_blocks and self.resampling not in ("pool", "fir"):
       raise ValueError(f"resampling={self.resampling!r} with resample_in_blocks=True: take 'pool' or 'fir'")
     levels = len(self.channel_multipliers)
+    if not levels or self.channels < 1 or min(self.channel_multipliers) < 1:
+      raise ValueError(
+        f"channels={self.channels}, channel_multipliers={self.channel_multipliers}: pass whole numbers of at least 1, "
+        "one multiplier a level, such as (1, 2)"
+      )
     if wrong := [level for level in self.attention_levels if not 0 <= level < levels]:
       raise ValueError(f"attention_levels={self.attention_levels}: there is no level {wrong[0]}, take 0..{levels - 1}")
     factor = 2 ** (levels - 1)

@@ -83,7 +83,12 @@ def load(path: str | Path) -> Published:
   kind = str(config.get("_class_name"))
   if kind not in _KINDS:
     raise WeightsError(f"{found.config} describes a {kind!r}; what can be read is {', '.join(_KINDS)}")
-  return _KINDS[kind](found, config, files.read(found.weights))
+  try:
+    return _KINDS[kind](found, config, files.read(found.weights))
+  except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, AttributeError) as error:
+    if isinstance(error, WeightsError):
+      raise
+    raise WeightsError(f"{found.config} holds values that no network can have: {error}") from error
 
 
 def chain(folder: Path) -> Chain:
