@@ -180,6 +180,7 @@ def test_networks_are_told_the_null_condition_for_dropped_examples():
   jax.tree.map(np.testing.assert_array_equal, encode(conditions, seen[0]), expected)
 
 
+@pytest.mark.standard_promotion
 def test_parameters_of_conditions_are_of_the_type_asked_for():
   types = {"param_dtype": jnp.bfloat16}
   for module in (Label(4, **types), Scalar(**types), Embedding(5, True, **types), Text(3, 8, 1, 2, **types)):

@@ -315,7 +315,7 @@ def test_a_config_tells_the_network_the_captions():
   keys, u = jax.random.split(jax.random.key(0), 5), jnp.linspace(0, 0.9, 5)
   objective = objectives.make_objective(config, source)
   assert jax.eval_shape(objective, params, keys, batch | {"u": u})[0].shape == (5,)
-  with pytest.raises(ValueError, match=r"cond\['text'\] has shape \(5, 16\) .* pass bytes \[b, 12\]"):
+  with pytest.raises(ValueError, match=r"cond\['text'\] has shape \(1, 16\) .* pass bytes \[b, 12\]"):
     jax.eval_shape(objectives.make_objective(captioned_config(12), source), params, keys, batch | {"u": u})
   with pytest.raises(factory.ConfigError, match=r"config\.network\.conditions\.text needs data with 'text'"):
     objectives.make_objective(config, sources.from_arrays(x, levels=256))
