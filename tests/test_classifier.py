@@ -15,6 +15,7 @@ import jaxdiff as jd
 from jaxdiff import arguments, cli, factory, objectives
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.models import Classifier, conditioning
+from jaxdiff.models.classifier import AttentionPool
 from jaxdiff.training.metrics import read_metrics
 
 KEY = jax.random.key(0)
@@ -144,6 +145,22 @@ def moved():
   leaves, tree = jax.tree.flatten(initial()[1])
   keys = jax.random.split(jax.random.key(4), len(leaves))
   return tree.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
+def test_attention_pooling_is_the_mean_asking_all_positions_and_itself():
+  """softmax(q k / sqrt d) v in float64, head by head."""
+  pool, x = AttentionPool(heads=2), jax.random.normal(KEY, (2, 2, 3, 4))
+  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), pool.init(KEY, x))
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)["params"]
+  expected = np.zeros((2, 4))
+  for b, image in enumerate(np.asarray(x, np.float64)):
+    seen = np.concatenate([image.mean((0, 1))[None], image.reshape(-1, 4)]) + p["positions"]
+    query = seen[0] @ p["query"]["kernel"] + p["query"]["bias"]
+    key, value = np.split(seen @ p["key_value"]["kernel"] + p["key_value"]["bias"], 2, axis=1)
+    for head in (slice(0, 2), slice(2, 4)):
+      weights = np.exp(key[:, head] @ query[head] / np.sqrt(2))
+      expected[b, head] = weights @ value[:, head] / weights.sum()
+  np.testing.assert_allclose(pool.apply(params, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_network_is_undecided_at_first():
