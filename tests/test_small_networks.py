@@ -157,6 +157,7 @@ def one_by_one(params):
   return layer(conv(1), "output", nn.silu(layer(nn.GroupNorm(2), "GroupNorm_0", h)))
 
 
+@pytest.mark.slow
 def test_the_scanned_rows_are_blocks_one_by_one_and_the_last_result_is_read_first():
   net = NETS["vdm"]
   params = perturbed(jax.jit(net.init)(jax.random.key(0), X, T))
