@@ -220,7 +220,7 @@ def config():
 
 def images(count=24, labels=3):
   x = np.random.default_rng(0).integers(0, 5, (count, 4, 4, 3)).astype(np.uint8)
-  return from_arrays(x, np.arange(count) % labels, levels=5)
+  return from_arrays(x, np.arange(count) % labels, more={"side": x * np.float32(0.1)}, levels=5)
 
 
 def with_conditions(config, **conditions):
@@ -244,21 +244,23 @@ def test_images_made_of_the_example_itself_are_those_of_the_training_without_noi
 
 def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
   """The network is told the brightness of the image that it is to denoise, whichever way round that is."""
-  config = with_conditions(config, grey={"type": "greyscale"}) | {"train": config["train"] | {"random_flip": True}}
+  conditions = {"grey": {"type": "greyscale"}, "side": {"type": "image"}}
+  config = with_conditions(config, **conditions) | {"train": config["train"] | {"random_flip": True}}
   config["train"]["drop_conditions"], source, seen = 0.0, images(), []
 
   def loss(key, x0, network, cond, u):
-    seen.append((x0, cond["grey"]))
+    seen.append((x0, cond["grey"], cond["side"]))
     return jnp.zeros(len(x0)), {}
 
   monkeypatch.setattr(objectives, "make_loss", lambda *_: (loss, True))
   batch = {name: jnp.asarray(value) for name, value in source.gather(np.arange(8)).items()} | {"u": jnp.zeros(8)}
   objectives.make_objective(config, source)(None, jd.example_keys(KEY, 0, 8), batch)
-  (x0, grey), plain = seen[0], factory.make_cond(config, source)(batch)["grey"]
+  (x0, grey, side), plain = seen[0], factory.make_cond(config, source)(batch)["grey"]
   flipped = np.array([not np.array_equal(a, b) for a, b in zip(grey, plain, strict=True)])
   assert 0 < flipped.sum() < 8
   expected = x0 @ jnp.array([[0.299], [0.587], [0.114]])
   assert jnp.abs(grey - expected).max() < 0.2 + 1e-6  # the noise of dequantization is within half a cell
+  assert jnp.abs((10 * side + 0.5) / 2.5 - 1 - x0).max() < 0.2 + 1e-6
 
 
 @pytest.mark.parametrize(
