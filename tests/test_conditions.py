@@ -269,7 +269,7 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
     ({"label": {"type": "label", "classes": 2}}, "classes = 2, but .* has labels from 0 to 2: .* set classes=3"),
     (
       {"text": {"type": "text", "length": 4}},
-      r"config.network.conditions.text needs data with 'text'; .* has label, x",
+      r"config.network.conditions.text needs data with 'text'; .* has label, side, x",
     ),
     ({"label": {"type": "lable"}}, r"config.network.conditions.label.type is 'lable'; did you mean 'label'\?"),
     ({"label": {"type": "label"}}, "config.network.conditions.label needs a value for classes"),
