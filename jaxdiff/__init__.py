@@ -7,7 +7,10 @@ evaluate   logp    = jd.likelihood.log_prob(sde)                logp(key, x0, sc
 
 from jaxdiff import ddpm as ddpm
 from jaxdiff import divergence as divergence
+from jaxdiff import editing as editing
 from jaxdiff import flow as flow
+from jaxdiff import guidance as guidance
+from jaxdiff import inverse as inverse
 from jaxdiff import likelihood as likelihood
 from jaxdiff import losses as losses
 from jaxdiff import ncsn as ncsn

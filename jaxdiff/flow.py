@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from jaxdiff import checks, keys, ode
 from jaxdiff import divergence as divergences
+from jaxdiff.predictions import evaluations
 from jaxdiff.schedules import float_time
 from jaxdiff.sde import ScalarSDE
 from jaxdiff.typing import NO_COND, Cond, Keys, LogProb, Network, Sample, Scalar, State, Status
@@ -204,6 +205,7 @@ def log_density(
     key = keys.per_example(key, len(x))
     (z, change, integrals), nfe, status = solve_batch(solve, steps, key, x, dict(cond))
     value = base.log_prob(z) + jnp.mean(change, axis=1)
+    nfe = nfe * evaluations(field)
     return LogProb(value, z, nfe, status, trace.standard_error(change)), integrals
 
   return density
@@ -222,7 +224,7 @@ def _transport(options: ode.Solver, t1: Scalar, steps: Steps) -> Callable[..., S
       return ode.solve(slope, x, *ends, course.first_step, options, norm=norm)
 
     x, nfe, status = solve_batch(solve, steps, keys.per_example(key, len(x)), x, dict(cond))
-    return Sample(x, nfe, None, status)
+    return Sample(x, nfe * evaluations(field), None, status)
 
   return carry
 

@@ -339,6 +339,16 @@ def denoised_and_v(score: ScoreFn, x: State, t: Time, **cond: Array) -> tuple[St
   return both(x, t, **cond)
 
 
+def evaluations(score: ScoreFn, times: Float[Array, " n"] | None = None) -> int | Array:
+  """Network evaluations of one call of a score at each of these times: `[n]`, or one number for all.
+
+  Without times it is the most that a call takes: what it costs where examples step by themselves, which computes all
+  branches. A score takes 1 unless it has a method of this name, `evaluations(times)`.
+  """
+  of = getattr(score, "evaluations", None)
+  return 1 if of is None else of(times)
+
+
 def noise_factor(prediction: Prediction, alpha: Array, sigma: Array) -> Array:
   """By how much an error of the output counts in units of the noise: |d eps / d F| = sigma |d score / d F|."""
   one = jnp.ones_like(sigma)

@@ -32,7 +32,7 @@ def test_no_corrector_steps_give_the_predictor_bit_for_bit(make):
 def test_step_size_of_the_langevin_corrector(sde, x64):
   """eta = 4 (r alpha sigma)^2 at the time of arrival, from the noise and the score that are added."""
   ts = jnp.linspace(1.0, 0.1, 5) * sde.t1
-  still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(4), 0))
+  still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(4), ts[:0]))
   sampler = jd.samplers.predictor_corrector(still, jd.samplers.langevin_corrector(snr=0.3))
   slope, shift, noise = affine_steps(sampler, lambda x, t: jnp.ones_like(x), 1)
   alpha, sigma = sde.marginal(ts[1:])
@@ -45,7 +45,7 @@ def test_step_size_of_the_langevin_corrector(sde, x64):
 def test_many_corrector_steps_have_the_variance_of_langevin(sde, x64):
   """The stationary variance of one step at time t on N(m, v): v / (1 - eta / (4 v)); its mean is m."""
   data, ts = gaussian(), jnp.linspace(0.5, 0.1, 3) * sde.t1
-  still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(2), 0))
+  still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(2), ts[:0]))
   sampler = jd.samplers.predictor_corrector(still, jd.samplers.langevin_corrector())
   slope, shift, noise = affine_steps(sampler, data.score(sde), 3)
   mean, v = data.moments(sde, ts[1:])

@@ -106,6 +106,26 @@ def test_every_evaluation_is_counted(kind):
 
 
 @EACH
+def test_a_score_of_several_evaluations_is_counted_by_their_number(kind):
+  """Three of the network above half the time of the process and one below, known of the grid; three where it is not."""
+  sampler, process = build(kind)
+  calls = []
+
+  class Several:
+    def __call__(self, x, t, **cond):
+      jax.debug.callback(lambda t: calls.extend([1] * (3 if t[0] > 0.5 * process.t1 or kind in ADAPTIVE else 1)), t)
+      return score(x, t, **cond)
+
+    def evaluations(self, times):
+      return 3 if times is None else jnp.where(times > 0.5 * process.t1, 3, 1)
+
+  x_T, cond = inputs(process, 1)
+  sample = sampler(KEY, x_T, Several(), cond | {"broken": jnp.zeros(1, bool)})
+  jax.effects_barrier()
+  assert sample.nfe.tolist() == [len(calls)]
+
+
+@EACH
 def test_half_precision_vmap_and_gradients_trace(kind):
   """A bfloat16 score leaves the state float32; an outer vmap maps; reverse mode where the number of steps is fixed."""
   sampler, process = build(kind)

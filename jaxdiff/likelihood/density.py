@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxdiff import checks, flow, keys, ode
+from jaxdiff import checks, flow, keys, ode, predictions
 from jaxdiff import divergence as divergences
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, log_snr, reverse
@@ -119,6 +119,7 @@ def log_prob(
     key = keys.per_example(key, len(x0))
     (z, change), nfe, status = flow.solve_batch(solve, steps, key, x0, dict(cond))
     value = (prior_log_prob or sde.prior_log_prob)(z) + jnp.mean(change, axis=1)
+    nfe = nfe * predictions.evaluations(score)
     return LogProb(value, z, nfe, status, trace.standard_error(change))
 
   made = flow.LogDensity(sde, start, divergence, evaluate)

@@ -5,7 +5,7 @@
     exponential      dpm_solver, dpm_solver_pp, unipc
     flow             edm, probability_flow, probability_flow_encode, interpolate
     Langevin         langevin, mala, annealed_langevin, langevin_corrector
-    your own         FixedGrid(sde, ts, Method(step, nodes, nfe)), Corrector(step, nfe); thresholded(sde, score)
+    your own         FixedGrid(sde, ts, Method(step, nodes, calls)), Corrector(step, nfe); thresholded(sde, score)
 
 The formulas are in the module of each family, such as jaxdiff/samplers/ancestral.py.
 """

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Key
 
-from jaxdiff import checks, keys, ode, status
+from jaxdiff import checks, keys, ode, predictions, status
 from jaxdiff.samplers.fixed_grid import Field, finite
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, float_time, start_time
 from jaxdiff.sde import ScalarSDE, batch_time, expand, reverse
@@ -136,7 +136,8 @@ def adaptive_sde(
     carry = _Carry(x_T, x_T, path(t), t, batch_time(first, x_T), zero, zero)
     carry = jax.lax.while_loop(lambda carry: jnp.any(running(carry)), step, carry)
     x = field.denoised(carry.x, batch_time(end, carry.x)) if denoise else carry.x
-    return _report(carry._replace(x=x), carry.t <= end, max_steps, int(denoise))
+    sample = _report(carry._replace(x=x), carry.t <= end, max_steps, int(denoise))
+    return sample._replace(nfe=sample.nfe * predictions.evaluations(score))
 
   return sampler
 

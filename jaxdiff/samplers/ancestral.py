@@ -106,7 +106,7 @@ def ancestral(
     return expand(of_state, x) * x + expand(of_data, x) * data + std * keys.normal(noise, x.shape, x.dtype), memory
 
   to_data = not isinstance(last, jax.core.Tracer) and not bool(last)
-  method = Method(step, (at.t, of_state, of_data, std, widen), len(times) - 1, to_data=to_data)
+  method = Method(step, (at.t, of_state, of_data, std, widen), at.t, to_data=to_data)
   return FixedGrid(sde, times, method, denoise, path)
 
 

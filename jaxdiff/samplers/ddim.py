@@ -73,7 +73,7 @@ def ddim(sde: ScalarSDE, ts: Float[Array, " n"], eta: Scalar = 0.0, denoise: boo
       x_next = x_next + expand(std, x) * keys.normal(noise, x.shape, x.dtype)
     return x_next, memory
 
-  return FixedGrid(sde, ts, Method(step, (ts[:-1], of_state, of_data, std), len(ts) - 1), denoise, path)
+  return FixedGrid(sde, ts, Method(step, (ts[:-1], of_state, of_data, std), ts[:-1]), denoise, path)
 
 
 def ddim_encode(sde: ScalarSDE, ts: Float[Array, " n"], path: int = 0) -> FixedGrid:
@@ -116,7 +116,7 @@ def ddim_encode(sde: ScalarSDE, ts: Float[Array, " n"], path: int = 0) -> FixedG
     t, of_state, of_score = node
     return expand(of_state, x) * x + expand(of_score, x) * field.score(x, t), memory
 
-  return FixedGrid(sde, ts[::-1], Method(step, nodes, len(ts) - 1), False, path)
+  return FixedGrid(sde, ts[::-1], Method(step, nodes, ts[1:]), False, path)
 
 
 def _check_eta(eta: Any) -> None:

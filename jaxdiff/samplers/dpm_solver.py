@@ -81,6 +81,7 @@ def dpm_solver(
     check_noise(sde, ts[-1], f"order={order}")
   with jax.ensure_compile_time_eval():
     stages = _stages(sde, intervals(sde, ts), _FRACTIONS[int(order)])
+    calls = jnp.concatenate([stage.t for stage in stages])
 
   def step(field: Field, x: State, memory: Any, node: list[_Stage], noise: Key[Array, " b"]) -> Any:
     eps = lambda u, stage: expand(-stage.sigma, u) * field.score(u, stage.t)
@@ -92,7 +93,7 @@ def dpm_solver(
       u = expand(stage.keep, x) * x - expand(stage.of_first, x) * first - expand(stage.of_change, x) * change
     return u, memory
 
-  return FixedGrid(sde, ts, Method(step, stages, order * (len(ts) - 1)), denoise, path)
+  return FixedGrid(sde, ts, Method(step, stages, calls), denoise, path)
 
 
 def _stages(sde: ScalarSDE, ends: Intervals, fractions: tuple[float, ...]) -> list[_Stage]:

@@ -102,7 +102,7 @@ def dpm_solver_pp(
     return x, values[:-1]
 
   memory = lambda x: (jnp.zeros_like(x),) * (order - 1)
-  return FixedGrid(sde, ts, Method(step, nodes, len(ts) - 1, memory), denoise, path)
+  return FixedGrid(sde, ts, Method(step, nodes, ts[:-1], memory), denoise, path)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -109,6 +109,7 @@ def edm(
     ts, denoise, order = (ts[:-1], True, 2) if steps > 1 else (ts, False, 1)
   with jax.ensure_compile_time_eval():
     nodes = _nodes(sde, ts, churn / steps, churn_min, churn_max, noise_scale)
+    calls = jnp.concatenate([nodes.t_hat, nodes.t_next][:order])
   noisy = isinstance(churn, jax.core.Tracer) or churn != 0
 
   def step(field: Field, x: State, memory: Any, node: _Node, noise: Key[Array, " b"]) -> Any:
@@ -124,7 +125,7 @@ def edm(
       y_next = y + (s_next - s_hat) * (0.5 * (d + d_next))
     return alpha_next * y_next, memory
 
-  return FixedGrid(sde, ts, Method(step, nodes, order * (len(ts) - 1)), denoise, path)
+  return FixedGrid(sde, ts, Method(step, nodes, calls), denoise, path)
 
 
 def _ends_silent(sde: ScalarSDE, ts: Array) -> bool:

@@ -48,14 +48,14 @@ class Method(NamedTuple):
     step: `(field, x, memory, node, keys) -> (x, memory)`: the state [b, *d] at the end of an interval, from that at its
       start; `keys` [b] are there for the noise of this step alone.
     nodes: what each step is given as `node`: a pytree of arrays [steps, ...].
-    nfe: network evaluations of all steps.
+    calls: the times `[n]` of the network evaluations of all steps, in any order.
     memory: what the first step is given as `memory`, from x_T: what a multistep method remembers; () for none.
     to_data: whether the last step ends at the data themselves, without noise, so that there is no score any more.
   """
 
   step: Callable[[Field, State, Any, Any, Key[Array, " b"]], tuple[State, Any]]
   nodes: Any
-  nfe: int
+  calls: Float[Array, " n"]
   memory: Callable[[State], Any] = lambda x: ()
   to_data: bool = False
 
@@ -98,8 +98,11 @@ class FixedGrid:
     checks.made("score", score)
     field = Field(self.sde, score, dict(cond))
     run = scan_steps(field, self.method, len(self.ts) - 1, self.path, key, x_T)
-    sample = report(run.x, run.path, run.good, run.good == len(self.ts) - 1, self.method.nfe)
-    return replace_last(sample, field.denoised(run.x, self.ts[-1])) if self.denoise else sample
+    nfe = total_evaluations(score, self.method.calls)
+    sample = report(run.x, run.path, run.good, run.good == len(self.ts) - 1, nfe)
+    if not self.denoise:
+      return sample
+    return replace_last(sample, field.denoised(run.x, self.ts[-1]), total_evaluations(score, self.ts[-1:]))
 
 
 class Run(NamedTuple):
@@ -138,8 +141,14 @@ def scan_steps(field: Any, method: Method, steps: int, path: int, key: Keys, x_T
   return Run(x, memory, states, good)
 
 
+def total_evaluations(score: ScoreFn, times: Float[Array, " n"]) -> int | Array:
+  """Network evaluations of the calls of a score at all of these times."""
+  each = predictions.evaluations(score, times)
+  return len(times) * each if jnp.ndim(each) == 0 else jnp.sum(each)
+
+
 def report(
-  x: State, path: Array | None, accepted: Array, success: Array, nfe: int, rejected: Array | None = None
+  x: State, path: Array | None, accepted: Array, success: Array, nfe: int | Array, rejected: Array | None = None
 ) -> Sample:
   """A sample whose examples without success have met a value that is not finite."""
   code = jnp.where(success & finite(x), status.SUCCESS, status.NON_FINITE)
@@ -147,11 +156,11 @@ def report(
   return Sample(x, jnp.full(len(x), nfe), path, Status(code, accepted, rejected))
 
 
-def replace_last(sample: Sample, x: State) -> Sample:
-  """The sample with x, which took one more evaluation, for its last state."""
+def replace_last(sample: Sample, x: State, nfe: int | Array) -> Sample:
+  """The sample with x, which took `nfe` more evaluations, for its last state."""
   code = jnp.where(finite(x), sample.status.code, status.NON_FINITE)
   path = sample.path if sample.path is None else sample.path.at[-1].set(x)
-  return Sample(x, sample.nfe + 1, path, sample.status._replace(code=code))
+  return Sample(x, sample.nfe + nfe, path, sample.status._replace(code=code))
 
 
 def finite(x: State) -> Array:

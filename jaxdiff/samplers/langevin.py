@@ -24,7 +24,7 @@ from jaxtyping import Key
 
 from jaxdiff import checks, keys, ncsn
 from jaxdiff.predictions import log_density_and_score
-from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Method, check_path, report, scan_steps
+from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Method, check_path, report, scan_steps, total_evaluations
 from jaxdiff.schedules import float_time
 from jaxdiff.sde import batch_time, expand
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
@@ -72,8 +72,8 @@ def langevin(step_size: Scalar, steps: int, t: Scalar = 0.0, path: int = 0):
     checks.batch("x", x, cond)
     checks.made("score", score)
     nodes = jnp.full(steps, float_time(t)), jnp.full(steps, float_time(step_size))
-    run = scan_steps(Field(None, score, dict(cond)), Method(_step, nodes, steps), steps, path, key, x)
-    return report(run.x, run.path, run.good, run.good == steps, steps)
+    run = scan_steps(Field(None, score, dict(cond)), Method(_step, nodes, nodes[0]), steps, path, key, x)
+    return report(run.x, run.path, run.good, run.good == steps, total_evaluations(score, nodes[0]))
 
   return sampler
 
@@ -117,7 +117,12 @@ def mala(step_size: Scalar, steps: int, t: Scalar = 0.0):
       return log_density_and_score(log_density, x, batch_time(t, x), dict(cond))
 
     eta = expand(float_time(step_size), x)
-    method = Method(_metropolis(eta), jnp.arange(steps), steps + 1, lambda x: (*evaluate(x), jnp.zeros(len(x), int)))
+    method = Method(
+      _metropolis(eta),
+      jnp.arange(steps),
+      jnp.full(steps + 1, float_time(t)),
+      lambda x: (*evaluate(x), jnp.zeros(len(x), int)),
+    )
     run = scan_steps(evaluate, method, steps, 0, key, x)
     moves = run.memory[2]
     return report(run.x, None, moves, run.good == steps, steps + 1, run.good - moves)
@@ -188,4 +193,4 @@ def annealed_langevin(
     times = chain.time(levels)
     nodes = times, step_size * (chain.marginal(levels)[1] / chain.sigmas[0]) ** 2
     ts = jnp.append(times, times[-1])
-  return FixedGrid(chain.sde(), ts, Method(_step, nodes, len(levels)), denoise, path)
+  return FixedGrid(chain.sde(), ts, Method(_step, nodes, times), denoise, path)

@@ -125,5 +125,5 @@ def predictor_corrector(predictor: FixedGrid, corrector: Corrector, denoise: boo
     x, memory = method.step(field, x, memory, interval, noise)
     return corrector.step(field, x, t_next, keys.fold_in(noise, _CORRECTOR)), memory
 
-  nfe = method.nfe + (len(ts) - 1) * corrector.nfe
-  return FixedGrid(sde, ts, Method(step, (ts[1:], method.nodes), nfe), denoise, path)
+  calls = jnp.concatenate([method.calls, jnp.repeat(ts[1:], corrector.nfe)])
+  return FixedGrid(sde, ts, Method(step, (ts[1:], method.nodes), calls), denoise, path)

@@ -79,7 +79,7 @@ def probability_flow(
       return sample
     x = predictions.denoised(sde, score, sample.x, end, **cond)
     states = None if sample.path is None else sample.path.at[-1].set(x)
-    return Sample(x, sample.nfe + 1, states, sample.status)
+    return Sample(x, sample.nfe + predictions.evaluations(score), states, sample.status)
 
   return sampler
 
@@ -141,6 +141,7 @@ def _solve(
 
     out_axes = 0 if nodes is None else 1, 0, 0
     states, nfe, status = jax.vmap(one, out_axes=out_axes)(x, dict(cond))
+    nfe = nfe * predictions.evaluations(score)
     return Sample(states, nfe, None, status) if nodes is None else Sample(states[-1], nfe, states, status)
 
   return solve

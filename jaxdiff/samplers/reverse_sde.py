@@ -69,7 +69,7 @@ def reverse_sde(sde: SDE, ts: Float[Array, " n"], eta: Scalar = 1.0, denoise: bo
     h = expand(h, x)
     return x - h * drift(x, t) + jnp.sqrt(h) * diffuse(t, keys.normal(noise, x.shape, x.dtype)), memory
 
-  return FixedGrid(sde, ts, Method(step, (ts[:-1], ts[:-1] - ts[1:]), len(ts) - 1), denoise, path)
+  return FixedGrid(sde, ts, Method(step, (ts[:-1], ts[:-1] - ts[1:]), ts[:-1]), denoise, path)
 
 
 def reverse_diffusion(
@@ -112,7 +112,7 @@ def reverse_diffusion(
     keep, push, spread = (expand(value, x) for value in node[1:])
     return keep * x + push * field.score(x, node[0]) + spread * keys.normal(noise, x.shape, x.dtype), memory
 
-  return FixedGrid(sde, ts, Method(step, nodes, len(ts) - 1), denoise, path)
+  return FixedGrid(sde, ts, Method(step, nodes, ts[:-1]), denoise, path)
 
 
 def stochastic_heun(
@@ -160,7 +160,7 @@ def stochastic_heun(
     slope_next = pull_next * guess + push_next * field.score(guess, node[1])
     return x + 0.5 * h * (slope + slope_next) + jump, memory
 
-  return FixedGrid(sde, ts, Method(step, nodes, 2 * (len(ts) - 1)), denoise, path)
+  return FixedGrid(sde, ts, Method(step, nodes, jnp.concatenate([ts[:-1], ts[1:]])), denoise, path)
 
 
 def _mean_of_squared_diffusion(sde: ScalarSDE, ts: Float[Array, " n"]) -> Float[Array, " steps"]:

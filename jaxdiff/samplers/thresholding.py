@@ -43,6 +43,9 @@ class _Thresholded:
     data, v = predictions.denoised_and_v(self.score, x, t, **cond)
     return self._within(data), v
 
+  def evaluations(self, times: Array | None) -> int | Array:
+    return predictions.evaluations(self.score, times)
+
   def _within(self, data: State) -> State:
     if self.quantile is None:
       return jnp.clip(data, -self.limit, self.limit)

@@ -81,7 +81,7 @@ def unipc(
     return expand(keep, x) * x + exponential.weighted(predictor, values[:-1]), values[:-1]
 
   memory = lambda x: (jnp.zeros_like(x),) * order
-  return FixedGrid(sde, ts, Method(step, nodes, len(ts) - 1, memory), denoise, path)
+  return FixedGrid(sde, ts, Method(step, nodes, ts[:-1], memory), denoise, path)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -1,0 +1,1 @@
+"""Editing: changing images, and making larger ones, with a model of images."""

@@ -1,0 +1,1 @@
+"""Guidance: functions from scores to a score, for every sampler and every process."""
