@@ -1,0 +1,139 @@
+"""SDEdit, inversion and interpolation against the exact flows and posteriors of Gaussian data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff as jd
+from jaxdiff import editing
+from oracles import Gaussian
+
+KEY = jax.random.key(0)
+SDE = jd.VP()
+DATA = Gaussian(np.array([1.0, -0.5, 0.2]), np.full(3, 0.5))
+IMAGE = np.array([-1.0, 2.0, 0.6])
+
+
+def towards(x, t, center):
+  """A score with a condition."""
+  return (center - x) / (0.1 + t[:, None] ** 2)
+
+
+def expected(ts, repeats, stochastic):
+  """Mean and standard deviation of SDEdit's result from one image, by the exact posterior or flow of the data.
+
+  Noising, mean a x and deviation s; then x_0 | x_t of the reverse process (gain v_0 a / v, what is left of v_0 beside
+  it) or the probability flow, which scales the distance from the mean by sqrt(v_0 / v).
+  """
+  alpha, sigma = (float(value) for value in SDE.marginal(ts[0]))
+  v0, v = DATA.std**2, alpha**2 * DATA.std**2 + sigma**2
+  gain = v0 * alpha / v if stochastic else np.sqrt(v0 / v)
+  left = v0 * sigma**2 / v if stochastic else 0.0
+  mean, variance = IMAGE, np.zeros(3)
+  for _ in range(repeats):
+    mean = DATA.mean + gain * alpha * (mean - DATA.mean)
+    variance = gain**2 * (alpha**2 * variance + sigma**2) + left
+  return mean, np.sqrt(variance)
+
+
+@pytest.mark.parametrize(("repeats", "stochastic"), [(1, True), (3, True), (1, False), (2, False)])
+def test_sdedit_has_the_distribution_of_the_exact_posterior(repeats, stochastic):
+  """Within 4.5 standard errors: ancestral steps of the optimal variance are exact, and the flow's are to 0.1%."""
+  ts = editing.lower_part(jd.time_grid(SDE, 40), 0.55)
+  if stochastic:
+    sampler = jd.samplers.ancestral(SDE, ts, variance="optimal", data_variance=DATA.std[0] ** 2)
+  else:
+    sampler = jd.samplers.dpm_solver_pp(SDE, ts)
+  edit = jax.jit(lambda key, x: editing.sdedit(sampler, repeats)(key, x, DATA.score(SDE)))
+  count = 4000
+  sample = edit(KEY, jnp.broadcast_to(jnp.asarray(IMAGE, jnp.float32)[None], (count, 3)))
+  mean, std = expected(ts, repeats, stochastic)
+  assert sample.nfe[0] == sample.status.accepted[0] == repeats * (len(ts) - 1)
+  np.testing.assert_allclose(np.mean(sample.x, axis=0), mean, atol=4.5 * std.max() / count**0.5 + 0.001)
+  np.testing.assert_allclose(np.std(sample.x, axis=0), std, rtol=4.5 / (2 * count) ** 0.5 + 0.001)
+
+
+def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
+  ts = jd.time_grid(SDE, 50)
+  assert len(editing.lower_part(ts, 1e-6)) == 2
+  np.testing.assert_array_equal(editing.lower_part(ts, 1.0), ts)
+  np.testing.assert_array_equal(editing.lower_part(ts, 0.6), ts[20:])
+  assert list(editing.lower_part([3, 2, 1, 0], 0.67)) == [2, 1, 0]
+  x = DATA.sample(KEY, 64)
+  near = editing.sdedit(jd.samplers.ddim(SDE, editing.lower_part(ts, 0.01)))(KEY, x, DATA.score(SDE))
+  assert 0 < float(jnp.max(jnp.abs(near.x - x))) < 0.02
+  whole = editing.sdedit(jd.samplers.ddim(SDE, ts))(KEY, x, DATA.score(SDE))
+  assert abs(np.corrcoef(whole.x[:, 1], x[:, 1])[0, 1]) < 4.5 / 64**0.5
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_sdedit_of_an_example_is_its_own(repeats):
+  """Alone and in another order, by one program; a broken example is named; the path is that of the last repetition."""
+  ts, traces = editing.lower_part(jd.time_grid(SDE, 8), 0.5), []
+  edit = editing.sdedit(jd.samplers.reverse_sde(SDE, ts, path=2), repeats)
+
+  @jax.jit
+  def run(keys, x, cond):
+    traces.append(1)
+    return edit(keys, x, towards, cond)
+
+  keys, x = jd.example_keys(KEY, 0, 4), DATA.sample(KEY, 4)
+  cond = {"center": jnp.zeros((4, 3)).at[1].set(jnp.nan)}
+  sample = run(keys, x, cond)
+  order = jnp.asarray([2, 3, 0, 0])
+  other = run(keys[order], x[order], {"center": cond["center"][order]})
+  np.testing.assert_allclose(other.x, sample.x[order], rtol=1e-6)
+  assert len(traces) == 1
+  assert sample.status.code.tolist() == [0, 2, 0, 0]
+  np.testing.assert_array_equal(sample.path[-1][::2], sample.x[::2])
+  assert sample.path.shape == (3, 4, 3)
+  np.testing.assert_allclose(edit(KEY, x, towards, cond).x[0], sample.x[0], rtol=1e-5)
+  alone = edit(keys[2:3], x[2:3], towards, {"center": cond["center"][2:3]})
+  np.testing.assert_allclose(alone.x[0], sample.x[2], rtol=1e-5)
+
+
+def test_sdedit_counts_the_calls_of_any_score():
+  """A score of several evaluations, and a sampler of two a step."""
+  calls = []
+
+  class Twice:
+    def __call__(self, x, t, **cond):
+      jax.debug.callback(lambda _: calls.extend([1, 1]), t[0])
+      return -x
+
+    def evaluations(self, times):
+      return 2
+
+  ts = jd.time_grid(SDE, 4)[2:]
+  sample = editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)(KEY, jnp.ones((1, 2)), Twice())
+  jax.effects_barrier()
+  assert sample.nfe.tolist() == [len(calls)] == [24]
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "message"),
+  [
+    (lambda: editing.lower_part([1.0, 0.0], 0.0), ValueError, r"strength must lie in \(0, 1\], .* got 0.0"),
+    (lambda: editing.lower_part([1.0, 0.0], 1.1), ValueError, "strength must lie in"),
+    (lambda: editing.lower_part([1.0, 0.0], float("nan")), ValueError, "strength must lie in"),
+    (lambda: editing.lower_part([1.0], 0.5), ValueError, "ts must hold at least two times, .* got 1"),
+    (lambda: editing.sdedit(jd.samplers.ddim), TypeError, "sampler is a factory"),
+    (lambda: editing.sdedit(jd.samplers.probability_flow(SDE)), TypeError, "on a grid of times, .* got function"),
+    (lambda: editing.sdedit(3), TypeError, "on a grid of times, .* got int"),
+    (
+      lambda: editing.sdedit(jd.samplers.ddim_encode(SDE, jd.time_grid(SDE, 4))),
+      ValueError,
+      "sampler must walk from noise to the data, but its times rise",
+    ),
+    (
+      lambda: editing.sdedit(jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)), 0),
+      ValueError,
+      "repeats must be at least 1, how many times",
+    ),
+    (lambda: editing.sdedit(jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)), 1.5), TypeError, "repeats must be an integer"),
+  ],
+)
+def test_bad_input_of_sdedit_is_refused(make, error, message, untyped):
+  with pytest.raises(error, match=message):
+    make()
