@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import Gaussian
 
 import jaxdiff as jd
 from jaxdiff import editing
-from oracles import Gaussian
 
 KEY = jax.random.key(0)
 SDE = jd.VP()

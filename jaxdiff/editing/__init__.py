@@ -1,7 +1,7 @@
 """Editing: changing images, and making larger ones, with a model of images.
 
-    sdedit(sampler, repeats)        (key, x0, score, cond) -> Sample: noised in part, sampled from there
-    lower_part(ts, strength)        the part of a grid that `sdedit` takes
+sdedit(sampler, repeats)        (key, x0, score, cond) -> Sample: noised in part, sampled from there
+lower_part(ts, strength)        the part of a grid that `sdedit` takes
 """
 
 from jaxdiff.editing.sdedit import lower_part as lower_part
