@@ -12,6 +12,7 @@ from jaxdiff import editing
 KEY = jax.random.key(0)
 SDE = jd.VP()
 DATA = Gaussian(np.array([1.0, -0.5, 0.2]), np.full(3, 0.5))
+LABELLED = DATA, Gaussian(np.array([-1.0, 0.5, 2.0]), np.array([0.2, 0.7, 1.0]))
 IMAGE = np.array([-1.0, 2.0, 0.6])
 
 
@@ -120,7 +121,7 @@ def test_sdedit_counts_the_calls_of_any_score():
     (lambda: editing.lower_part([1.0], 0.5), ValueError, "ts must hold at least two times, .* got 1"),
     (lambda: editing.sdedit(jd.samplers.ddim), TypeError, "sampler is a factory"),
     (lambda: editing.sdedit(jd.samplers.probability_flow(SDE)), TypeError, "on a grid of times, .* got function"),
-    (lambda: editing.sdedit(3), TypeError, "on a grid of times, .* got int"),
+    (lambda: editing.sdedit(3), TypeError, r"must be a function \(key, x, score, cond\) -> Sample, got int"),
     (
       lambda: editing.sdedit(jd.samplers.ddim_encode(SDE, jd.time_grid(SDE, 4))),
       ValueError,
@@ -137,3 +138,111 @@ def test_sdedit_counts_the_calls_of_any_score():
 def test_bad_input_of_sdedit_is_refused(make, error, message, untyped):
   with pytest.raises(error, match=message):
     make()
+
+
+def of_label(x, t, label):
+  """The score of Gaussians, one of each label."""
+  first, second = (data.score(SDE)(x, t) for data in LABELLED)
+  return jnp.where(label[:, None] == 0, first, second)
+
+
+def pair(steps, path=0):
+  ts = jd.time_grid(SDE, steps)
+  return jd.samplers.ddim_encode(SDE, ts), jd.samplers.ddim(SDE, ts, path=path), float(ts[-1])
+
+
+def exchanged(x, old, new, t0, t1=1.0):
+  """From the one Gaussian to the other by the exact flows: it keeps every standardized coordinate."""
+  return LABELLED[new].flow(SDE, LABELLED[old].flow(SDE, x, t0, t1), t1, t0)
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_exchange_converges_to_the_exact_flow_at_the_order_of_ddim(new, x64):
+  """By the same label it returns to the image, by the other it becomes one of its Gaussian."""
+  x, errors = DATA.sample(KEY, 16), []
+  for steps in (100, 400):
+    encode, decode, t0 = pair(steps)
+    edit = jax.jit(lambda x, old, new: editing.exchange(encode, decode)(KEY, x, of_label, old, new))
+    sample = edit(x, {"label": jnp.zeros(16, int)}, {"label": jnp.full(16, new)})
+    assert sample.nfe.tolist() == sample.status.accepted.tolist() == [2 * steps] * 16
+    errors.append(float(jnp.max(jnp.abs(sample.x - exchanged(x, 0, new, t0)))))
+  assert errors[1] < 0.03
+  assert 0.95 < np.log(errors[0] / errors[1]) / np.log(4) < 1.1
+
+
+def test_exchange_gives_the_distribution_of_the_other_label():
+  encode, decode = jd.samplers.probability_flow_encode(SDE), jd.samplers.probability_flow(SDE)
+  edit, count = jax.jit(editing.exchange(encode, decode), static_argnums=2), 512
+  label = jnp.arange(count) % 2
+  x = jnp.where(label[:, None] == 0, DATA.sample(KEY, count), LABELLED[1].sample(KEY, count))
+  sample = edit(KEY, x, of_label, {"label": label}, {"label": 1 - label})
+  t0 = float(jd.time_grid(SDE, 1)[-1])
+  for old, data in ((1, LABELLED[0]), (0, LABELLED[1])):
+    made = np.asarray(sample.x[label == old], np.float64)
+    np.testing.assert_allclose(made, exchanged(x[label == old], old, 1 - old, t0), atol=0.01)
+    np.testing.assert_allclose(made.mean(0), data.mean, atol=4.5 * data.std.max() / (count / 2) ** 0.5)
+    np.testing.assert_allclose(made.std(0), data.std, rtol=4.5 / count**0.5)
+  jd.raise_if_failed(sample)
+
+
+def test_interpolated_images_are_those_of_the_exact_flow():
+  """The ends return, in between is the flow of the arc; every image is its own, of a program for all inputs."""
+  (encode, decode, t0), fractions, traces = pair(1600), jnp.linspace(0.0, 1.0, 5), []
+
+  @jax.jit
+  def run(keys, first, last, cond):
+    traces.append(1)
+    return editing.interpolation(encode, decode)(keys, first, last, fractions, of_label, cond)
+
+  keys, first, last = jd.example_keys(KEY, 0, 2), DATA.sample(KEY, 2), DATA.sample(jax.random.key(1), 2)
+  sample = run(keys, first, last, {"label": jnp.asarray([0, 1])})
+  x = sample.x.reshape(5, 2, 3)
+  np.testing.assert_allclose(x[0], first, atol=0.012)
+  np.testing.assert_allclose(x[-1], last, atol=0.012)
+  latents = [jnp.stack([data.flow(SDE, x, t0, 1.0)[i] for i, data in enumerate(LABELLED)]) for x in (first, last)]
+  arcs = jd.samplers.interpolate(*latents, fractions)
+  for i, data in enumerate(LABELLED):
+    np.testing.assert_allclose(x[:, i], data.flow(SDE, arcs[:, i], 1.0, t0), atol=0.02)
+  assert sample.nfe.tolist() == [4800] * 10
+  swapped = run(keys[::-1], first[::-1], last[::-1], {"label": jnp.asarray([1, 0])})
+  np.testing.assert_allclose(swapped.x.reshape(5, 2, 3)[:, ::-1], x, rtol=1e-5, atol=1e-6)
+  assert len(traces) == 1
+
+
+def test_a_broken_encoding_is_named_and_the_path_is_that_of_decoding():
+  encode, decode, _ = pair(4, path=2)
+  x = jnp.ones((3, 3)).at[1].set(jnp.nan)
+  sample = editing.exchange(encode, decode)(KEY, x, lambda x, t: -x, {}, {})
+  assert sample.status.code.tolist() == [0, 2, 0]
+  assert sample.path.shape == (3, 3, 3)
+  short = jd.samplers.probability_flow_encode(SDE, max_steps=1)
+  sample = editing.exchange(short, decode)(KEY, jnp.ones((3, 3)), lambda x, t: -x, {}, {})
+  assert sample.status.code.tolist() == [1, 1, 1]
+  between = editing.interpolation(encode, decode)
+  sample = between(KEY, x, jnp.ones((3, 3)), jnp.asarray([0.2, 0.7]), lambda x, t: -x)
+  assert sample.status.code.tolist() == [0, 2, 0] * 2
+
+
+def test_bad_input_of_exchange_and_interpolation_is_refused(untyped):
+  encode, decode, _ = pair(4)
+  x, score, other = jnp.ones((2, 3)), lambda x, t: -x, jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)[1:])
+  for make in (editing.exchange, editing.interpolation):
+    with pytest.raises(ValueError, match=r"encode must walk from the data to noise, but its times fall from 1.0"):
+      make(decode, decode)
+    with pytest.raises(ValueError, match="decode must walk from noise to the data, but its times rise"):
+      make(encode, encode)
+    with pytest.raises(ValueError, match=r"decode must start where encode ends, at t = 1.0; it starts at t = 0\."):
+      make(encode, other)
+    with pytest.raises(TypeError, match=r"encode is a factory: did you forget to call it: samplers.ddim_encode\(\)"):
+      make(jd.samplers.ddim_encode, decode)
+    with pytest.raises(TypeError, match=r"decode must be a function \(key, x, score, cond\) -> Sample, got NoneType"):
+      make(encode, None)
+  edit, between = editing.exchange(encode, decode), editing.interpolation(encode, decode)
+  with pytest.raises(ValueError, match="new_cond lacks 'label': pass all conditions"):
+    edit(KEY, x, score, {"label": jnp.zeros(2)}, {"other": jnp.zeros(2)})
+  with pytest.raises(ValueError, match=r"cond\['label'\] must have one entry per example, \[2, ...\]"):
+    edit(KEY, x, score, {}, {"label": jnp.zeros(3)})
+  with pytest.raises(ValueError, match=r"first and last must have one shape, got \(2, 3\) and \(1, 3\)"):
+    between(KEY, x, x[:1], jnp.zeros(1), score)
+  with pytest.raises(ValueError, match=r"fractions must be a vector \[n\], got shape \(\)"):
+    between(KEY, x, x, 0.5, score)

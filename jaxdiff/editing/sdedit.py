@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import checks, keys
+from jaxdiff.editing.solves import check_downwards
 from jaxdiff.samplers.fixed_grid import FixedGrid
 from jaxdiff.sde import perturb
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, ScoreFn, State, Status
@@ -79,7 +79,12 @@ def sdedit(sampler: FixedGrid, repeats: int = 1) -> Callable[..., Sample]:
     >>> sample.x.shape, sample.nfe.tolist()
     ((4, 8, 8, 1), [10, 10, 10, 10])
   """
-  _check_downwards(sampler)
+  check_downwards("sampler", sampler)
+  if not (hasattr(sampler, "ts") and hasattr(sampler, "sde")):
+    raise TypeError(
+      "sampler must be one on a grid of times, such as samplers.reverse_sde(sde, ts), which starts from the noise of "
+      f"ts[0]; got {type(sampler).__name__}"
+    )
   checks.whole("repeats", repeats, 1, "how many times the image is noised and sampled")
 
   def edit(key: Keys, x0: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
@@ -98,18 +103,3 @@ def sdedit(sampler: FixedGrid, repeats: int = 1) -> Callable[..., Sample]:
     return Sample(x, jnp.sum(each.nfe, axis=0), path, Status(code, accepted, rejected))
 
   return edit
-
-
-def _check_downwards(sampler: Any) -> None:
-  """Refuse what has no grid of times, and an encoder, which walks from the data to noise."""
-  checks.made("sampler", sampler)
-  if not (callable(sampler) and hasattr(sampler, "ts") and hasattr(sampler, "sde")):
-    raise TypeError(
-      "sampler must be one on a grid of times, such as samplers.reverse_sde(sde, ts), which starts from the noise of "
-      f"ts[0]; got {type(sampler).__name__}"
-    )
-  if isinstance(sampler.ts, jax.core.Tracer):
-    return
-  first, last = np.asarray(sampler.ts)[[0, -1]]
-  if not first > last:
-    raise ValueError(f"sampler must walk from noise to the data, but its times rise from {first} to {last}")
