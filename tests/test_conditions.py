@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxdiff as jd
@@ -263,6 +264,81 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
   assert jnp.abs((10 * side + 0.5) / 2.5 - 1 - x0).max() < 0.2 + 1e-6
 
 
+def test_super_resolution_of_a_config_is_trained_on_noised_images(config):
+  """The small image is noised by the level that the network is told, in training alone, and dropped after that."""
+  conditions = {"small": {"type": "downsampled"}, "level": {"type": "noise_level", "image": "small", "most": 0.8}}
+  config, source, seen = with_conditions(config, **conditions), images(), []
+  batch = {name: jnp.asarray(value) for name, value in source.gather(np.arange(24)).items()} | {"u": jnp.zeros(24)}
+  clean = factory.make_cond(config, source)(batch)
+  assert not clean["level"].any()
+
+  def told(dropping, training):
+    config["train"] = {"drop_conditions": dropping}
+    with pytest.MonkeyPatch.context() as patch:
+      loss = lambda key, x0, network, cond, u: (seen.append(cond), (jnp.zeros(len(x0)), {}))[1]
+      patch.setattr(objectives, "make_loss", lambda *_: (loss, True))
+      aux = objectives.make_objective(config, source, training)(None, jd.example_keys(KEY, 0, 24), batch)[1]
+    return seen[-1], aux
+
+  cond, aux = told(0.0, True)
+  level = cond["level"][:, None, None, None]
+  np.testing.assert_array_equal(aux["level"], cond["level"])
+  assert 0 < cond["level"].min() < cond["level"].max() < 0.8
+  noise = (cond["small"] - jnp.sqrt(1 - level**2) * clean["small"]) / level
+  assert abs(float(noise.std()) - 1) < 4.5 / (2 * noise.size) ** 0.5
+  jax.tree.map(np.testing.assert_array_equal, told(0.0, False)[0], clean)
+  cond, aux = told(0.5, True)
+  dropped = aux["dropped"] == 1
+  assert 0 < dropped.sum() < 24
+  np.testing.assert_array_equal(jnp.isnan(cond["level"]), dropped)
+  np.testing.assert_array_equal(jnp.all(cond["small"] == 0, axis=(1, 2, 3)), dropped)
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_network_trained_on_noised_images_trusts_them_as_far_as_their_level(config):
+  """Images of one brightness z ~ N(0, 1), and z itself noised: E[z | x_t, z_s, s] weighs both by their precision."""
+  conditions = {
+    "small": {"type": "downsampled", "channels": 1},
+    "level": {"type": "noise_level", "image": "small", "most": 0.9},
+  }
+  t, batch_size, steps = 0.5, 256, 1500
+  config = with_conditions(config, **conditions) | {
+    "train": {"batch_size": batch_size},
+    "prediction": {"type": "data"},
+    "loss": {"type": "denoising", "time": {"type": "fixed", "t": t}},
+  }
+  config["network"] = config["network"] | {"width": 64, "depth": 2}
+  brightness = np.random.default_rng(0).normal(size=(4096, 1, 1, 1)).astype(np.float32)
+  source = from_arrays(np.broadcast_to(brightness, (4096, 2, 2, 1)).copy())
+  objective, tx = objectives.make_objective(config, source), optax.adam(optax.linear_schedule(5e-3, 0.0, steps))
+
+  def step(state, i):
+    params, opt = state
+    keys = jd.example_keys(jax.random.fold_in(KEY, i), 0, batch_size)
+    rows = jax.random.randint(jax.random.fold_in(jax.random.key(1), i), (batch_size,), 0, 4096)
+    batch = {"x": jnp.asarray(source.examples.arrays["x"])[rows], "u": jnp.zeros(batch_size)}
+    grads = jax.grad(lambda params: jnp.mean(objective(params, keys, batch)[0]))(params)
+    updates, opt = tx.update(grads, opt)
+    return (optax.apply_updates(params, updates), opt), None
+
+  params = factory.init_params(config, source)
+  (params, _), _ = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(steps)))((params, tx.init(params)))
+  process, count = jd.VP(), 2000
+  alpha, sigma = (float(value) for value in process.marginal(t))
+  z, z_noise = np.random.default_rng(1).normal(size=(2, count, 1, 1, 1)).astype(np.float32)
+  x_t = alpha * z + sigma * np.random.default_rng(2).normal(size=(count, 2, 2, 1)).astype(np.float32)
+  for s in (0.1, 0.4, 0.8):
+    c = np.sqrt(1 - s**2)
+    small = c * z + s * z_noise
+    of_x, of_small = 4 * alpha**2 / sigma**2, c**2 / s**2
+    exact = (of_x * x_t.mean((1, 2, 3), keepdims=True) / alpha + of_small * small / c) / (1 + of_x + of_small)
+    told = {"small": jnp.asarray(small), "level": jnp.full(count, s, jnp.float32)}
+    made = factory.make_score(config)(params).denoised(jnp.asarray(x_t), t, **told)
+    assert float(np.sqrt(np.mean((made - exact) ** 2))) < 0.1
+    assert float(np.sqrt(np.mean((made - small / c) ** 2))) > (0.0 if s < 0.3 else 0.2)
+
+
 @pytest.mark.parametrize(
   ("conditions", "message"),
   [
@@ -281,6 +357,14 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
     ({"small": {"type": "downsampled", "channels": 1}}, r"conditions.small: cond\['small'\] has shape \(1, 2, 2, 3\)"),
     ({"small": {"type": "downsampled", "factor": 0}}, "conditions.small: factor must be at least 1, got 0"),
     ({"grey": {"type": "image", "channels": 1}}, "config.network.conditions.grey needs data with 'grey'"),
+    (
+      {"small": {"type": "downsampled"}, "level": {"type": "noise_level", "image": "smal"}},
+      r"config.network.conditions: level.image must name one of the images among them \(small\), got 'smal'",
+    ),
+    (
+      {"small": {"type": "downsampled"}, "level": {"type": "noise_level", "image": "small", "most": 1.0}},
+      r"config.network.conditions.level: most must lie in \(0, 1\), the largest level of noise; got 1.0",
+    ),
   ],
 )
 def test_conditions_that_the_data_do_not_have_are_refused_before_any_work(config, conditions, message):
