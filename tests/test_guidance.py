@@ -273,6 +273,14 @@ def test_log_probability_is_that_of_the_softmax_at_the_label():
   assert jnp.isnan(found).tolist() == [False, False, True, True]
 
 
+def test_samples_of_labels_beyond_the_classes_fail():
+  """Not only log p is NaN but its gradient, which is all that guidance sees."""
+  log_prob = jd.guidance.log_probability(lambda params, x, t: x, None)
+  guided = jd.guidance.classifier(jd.guidance.without(lambda x, t: -x, "label"), log_prob, 1.0)
+  found = guided(jnp.ones((3, 2)), 0.5, label=jnp.asarray([0, 2, -1]))
+  assert jnp.isnan(found).tolist() == [[False, False], [True, True], [True, True]]
+
+
 def test_a_score_is_not_told_what_it_is_without():
   model = jd.guidance.without(noise_model(jd.VP()), "caption", "mask")
   x, cond = jnp.ones((2, 2)), {"label": LABEL[:2], "caption": jnp.ones(2)}
