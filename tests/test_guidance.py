@@ -7,6 +7,7 @@ import pytest
 from oracles import SDES, Gaussian, labelled_mixture
 
 import jaxdiff as jd
+from jaxdiff.models import MLP, conditioning
 
 EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 DATA = labelled_mixture()
@@ -287,3 +288,18 @@ def test_a_score_is_not_told_what_it_is_without():
   np.testing.assert_array_equal(model.denoised(x, 0.5, **cond), noise_model(jd.VP()).denoised(x, 0.5, label=LABEL[:2]))
   assert model.sde is model.score.sde
   assert jd.guidance.without(lambda x, t: x, "label").denoised is None
+
+
+@pytest.mark.standard_promotion
+def test_both_branches_of_a_linen_network_with_its_own_null():
+  """One call of batch 2 b gives what two calls of batch b give; a label beyond its classes is NaN."""
+  conditions = {"label": conditioning.Label(3), "size": conditioning.Scalar()}
+  network, sde = MLP(16, 1, conditions=conditions), jd.VP()
+  x, cond = jnp.ones((4, 2)), {"label": jnp.asarray([0, 1, 2, 4]), "size": jnp.asarray([0.1, 0.2, jnp.nan, 0.4])}
+  params = network.init(jax.random.key(0), x, jnp.ones(4), **cond)
+  score = jd.score_fn(network.apply, params, sde, jd.predictions.noise())
+  null = conditioning.null(conditions)
+  found = jd.guidance.classifier_free(score, null, 2.0)(x, 0.5, **cond)
+  untold = score(x, 0.5, label=jnp.full(4, 3), size=jnp.full(4, jnp.nan))
+  np.testing.assert_allclose(found[:3], (2 * score(x, 0.5, **cond) - untold)[:3], rtol=1e-4, atol=1e-5)
+  assert jnp.all(jnp.isnan(found[3]))
