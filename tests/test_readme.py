@@ -23,7 +23,7 @@ def test_the_program_of_the_readme_runs(capsys, tmp_path):
   training = (
     BLOCKS[5].replace("256", "64").replace("total_steps=500", "total_steps=2").replace("runs/moons", str(tmp_path))
   )
-  blocks = [program, objectives, sampling, BLOCKS[3], likelihoods, training, BLOCKS[6]]
+  blocks = [program, objectives, sampling, BLOCKS[3], likelihoods, training, *BLOCKS[6:]]
   exec(compile("\n".join(blocks), "README.md", "exec"), names)
   assert capsys.readouterr().out.startswith("(4, 2) ")
   assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(names["gradient"]["interior"]))
@@ -34,6 +34,12 @@ def test_the_program_of_the_readme_runs(capsys, tmp_path):
   assert int(names["state"].step) == 2
   assert np.all(np.isfinite(names["value"]))
   assert names["aux"]["dropped"].shape == (2,)
+  assert names["sample"].nfe.tolist() == [40, 40]
+  assert 20 < names["partly"].nfe[0] < 40
+  known = np.asarray(names["hidden"]) == 1
+  assert np.all(np.asarray(names["restored"].x)[:, known] == 0)
+  assert np.all(np.isfinite(names["restored"].x))
+  assert names["edited"].nfe[0] == 12 * 2
 
 
 def test_every_file_that_the_readme_names_exists():
