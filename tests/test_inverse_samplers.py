@@ -23,6 +23,13 @@ def toward(x, t, center=0.0):
   return (alpha * center - x) / (0.04 * alpha**2 + sigma**2)
 
 
+def coupled(x, t):
+  """The score of values with variance 0.04, and 2 more in the mean of all."""
+  alpha, sigma = (v[:, None, None, None] for v in SDE.marginal(t))
+  mean = jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+  return -(x - mean) / (0.04 * alpha**2 + sigma**2) - mean / ((2 * x[0].size + 0.04) * alpha**2 + sigma**2)
+
+
 WRAPPERS = {
   "pigdm": {},
   "reconstruction": {"weight": 2.0},
@@ -49,7 +56,7 @@ def test_hidden_values_change_nothing_and_known_ones_are_kept(method):
   @jax.jit
   def run(keys, x_T, cond):
     traces.append(1)
-    return sampler(keys, x_T, toward, cond)
+    return sampler(keys, x_T, coupled, cond)
 
   keys = jd.example_keys(KEY, 0, 2)
   cond, x_T = problem()
@@ -59,16 +66,17 @@ def test_hidden_values_change_nothing_and_known_ones_are_kept(method):
     np.testing.assert_array_equal(run(keys, x_T, problem(hidden=hidden)[0]).x, sample.x)
   known = np.broadcast_to(np.asarray(cond["mask"])[..., None] == 1, x_T.shape)
   np.testing.assert_array_equal(np.asarray(sample.x)[known], np.asarray(cond["measurement"])[known])
-  assert np.all(np.asarray(sample.x)[~known] != 0)
+  other = run(keys, x_T, cond | {"measurement": cond["measurement"] + 1})
+  assert np.all(np.asarray(other.x)[~known] > np.asarray(sample.x)[~known])
   turned = run(keys[::-1], x_T[::-1], {name: value[::-1] for name, value in cond.items()})
   np.testing.assert_allclose(turned.x[::-1], sample.x, atol=1e-5)
   assert len(traces) == 1
 
 
 @EACH
-@pytest.mark.parametrize("denoise", [False, True])
-def test_every_evaluation_is_counted(method, denoise):
+def test_every_evaluation_is_counted(method):
   """A call with its gradient is one; the walks of repaint are steps + (resamplings - 1) jump floor(steps / jump)."""
+  denoise = method in ("dps", "projection")
   sampler = inverse.inpainting(
     SDE, jd.samplers.ddim(SDE, grid(6), denoise=denoise), MASK, method=method, **WRAPPERS[method]
   )
@@ -103,7 +111,7 @@ def test_the_unknown_is_denoised_at_the_end(method):
   np.testing.assert_allclose(np.asarray(x)[0][MASK == 0], 0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["projection", "repaint", "pigdm"])
+@pytest.mark.parametrize("method", ["projection", "pigdm"])
 def test_every_operator_is_obeyed_at_the_end(method):
   """A x = y to rounding, and bit for bit for a crop, in color, size and sharpness."""
   kernel = np.array([[0.1, 0.2, 0.0], [0.3, 1.0, 0.1], [0.0, 0.05, 0.15]])
@@ -150,24 +158,19 @@ def test_evaluations_of_repaint_are_those_of_the_times_it_visits():
   assert sampler(KEY, x_T, Several(), cond).nfe.tolist() == [3 * (2 + 3) + 3 * 3 + 1] * 2
 
 
-def test_chains_that_end_at_the_data():
+def test_samplers_that_end_at_the_data():
   """No score is called at the end, what is known is exact, and the state leaps back from the data themselves."""
   chain = jd.ddpm.Chain(jd.ddpm.linear_betas())
   cond, x_T = problem()
-  for base in (
-    jd.samplers.ancestral(chain, range(1000, -1, -200)),
-    jd.samplers.ddim(SDE, jnp.asarray([1.0, 0.5, 0.0])),
+  known = np.broadcast_to(np.asarray(cond["mask"])[..., None] == 1, x_T.shape)
+  for sampler, nfe in (
+    (inverse.projected(jd.samplers.ddim(SDE, jnp.asarray([1.0, 0.5, 0.0])), inverse.mask()), 2),
+    (inverse.repaint(jd.samplers.ancestral(chain, range(1000, -1, -200)), inverse.mask(), 2, 5), 10),
   ):
-    steps = len(base.ts) - 1
-    for sampler, nfe in (
-      (inverse.projected(base, inverse.mask()), steps),
-      (inverse.repaint(base, inverse.mask(), 2, steps), 2 * steps),
-    ):
-      sample = sampler(KEY, x_T, toward, cond)
-      assert sample.nfe.tolist() == [nfe] * 2
-      assert sample.status.code.tolist() == [0, 0]
-      known = np.broadcast_to(np.asarray(cond["mask"])[..., None] == 1, x_T.shape)
-      np.testing.assert_array_equal(np.asarray(sample.x)[known], np.asarray(cond["measurement"])[known])
+    sample = sampler(KEY, x_T, toward, cond)
+    assert sample.nfe.tolist() == [nfe] * 2
+    assert sample.status.code.tolist() == [0, 0]
+    np.testing.assert_array_equal(np.asarray(sample.x)[known], np.asarray(cond["measurement"])[known])
 
 
 def test_adaptive_solves_are_per_example():
@@ -266,9 +269,7 @@ def test_dps_shares_the_call_of_the_step():
   cond, x_T = problem()
   for base in (
     jd.samplers.ancestral(SDE, grid(4)),
-    jd.samplers.reverse_sde(SDE, grid(40)),
-    jd.samplers.dpm_solver(SDE, grid(4), order=1),
-    jd.samplers.reverse_diffusion(SDE, grid(10), denoise=True),
+    jd.samplers.reverse_sde(SDE, grid(40), denoise=True),
   ):
     found = inverse.dps(base, inverse.mask(), scale=0.0)(KEY, x_T, toward, cond)
     expected = base(KEY, x_T, toward)
