@@ -7,6 +7,7 @@ import pytest
 from oracles import SDES, Gaussian, labelled_mixture
 
 import jaxdiff as jd
+from jaxdiff import guidance
 from jaxdiff.models import MLP, conditioning
 
 EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
@@ -114,6 +115,16 @@ def test_any_null_is_a_negative_condition_and_what_it_does_not_name_stays(x64):
   np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_a_negative_condition_is_rounded_to_the_type_of_the_condition():
+  guided = guidance.classifier_free(lambda x, t, c: c[:, None] - x, {"c": 0.1}, scale=2.0)
+  found = guided(jnp.zeros((1, 2)), 0.5, c=jnp.ones(1))
+  np.testing.assert_allclose(found, 2 * 1 - 0.1, rtol=1e-6)
+  with pytest.raises(ValueError, match="cannot hold its null"):
+    guidance.classifier_free(lambda x, t, c: x, {"c": jnp.float32(2.7)}, scale=2.0)(
+      jnp.zeros((1, 2)), 0.5, c=jnp.ones(1, int)
+    )
+
+
 def test_autoguidance_is_the_score_of_a_ratio_of_densities(x64):
   """Of two Gaussians; the weak one is a plain function, whose data prediction is Tweedie's."""
   sde, gamma = SDES["edm"], 1.8
@@ -187,6 +198,17 @@ def test_outside_its_interval_guidance_leaves_the_conditional_score(x64):
   found = jd.guidance.classifier_free(model, NULL, scale)(x, t, label=LABEL)
   inside = jd.guidance.classifier_free(model, NULL, 3.0)(x, t, label=LABEL)
   same(found, jnp.where((t == 0.3 * sde.t1)[:, None], inside, model(x, t, label=LABEL)), 1e-12)
+
+
+def test_no_example_hears_of_the_interval_of_another():
+  """A null branch or a weak score of NaN reaches the examples inside alone."""
+  scale, x, t = guidance.interval(jd.EDM(), 2.0, 0.2, 5.0), jnp.ones((2, 3)), jnp.asarray([0.1, 1.0])
+  score = lambda x, t, c: jnp.where(c[:, None] > 0, -x, jnp.nan)
+  for guided in (
+    guidance.classifier_free(score, {"c": 0.0}, scale),
+    guidance.autoguidance(score, lambda x, t, c: jnp.full_like(x, jnp.nan), scale),
+  ):
+    assert jnp.isfinite(guided(x, t, c=jnp.ones(2))).all(axis=1).tolist() == [True, False]
 
 
 def test_guided_scores_are_guided_and_thresholded_in_any_order(x64):

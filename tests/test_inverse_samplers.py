@@ -158,6 +158,25 @@ def test_evaluations_of_repaint_are_those_of_the_times_it_visits():
   assert sampler(KEY, x_T, Several(), cond).nfe.tolist() == [3 * (2 + 3) + 3 * 3 + 1] * 2
 
 
+@EACH
+def test_a_shifted_sampler_is_told_its_conditions_and_counted(method):
+  """Every step asks the score, and the classifier of the shift; the shift is told the label, the operator the mask."""
+  asked = []
+
+  def log_prob(x, t, label, **measured):
+    jax.debug.callback(lambda label: asked.append(len(label)), label)
+    return -jnp.sum((x - label[:, None, None, None]) ** 2, axis=(1, 2, 3))
+
+  shift = jd.guidance.mean_shift(log_prob, scale=0.1)
+  base = jd.samplers.ancestral(SDE, grid(6), shift=shift)
+  cond, x_T = problem(1)
+  restored = lambda base: inverse.inpainting(SDE, base, method=method, **WRAPPERS[method])
+  plain = restored(jd.samplers.ancestral(SDE, grid(6)))(KEY, x_T, coupled, cond).nfe[0]
+  shifted = restored(base)(KEY, x_T, jd.guidance.without(coupled, "label"), cond | {"label": jnp.ones(1)}).nfe[0]
+  jax.effects_barrier()
+  assert len(asked) == shifted - plain == (12 if method == "repaint" else 6)
+
+
 def test_samplers_that_end_at_the_data():
   """No score is called at the end, what is known is exact, and the state leaps back from the data themselves."""
   chain = jd.ddpm.Chain(jd.ddpm.linear_betas())

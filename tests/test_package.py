@@ -42,9 +42,9 @@ def test_public_names_of_the_design_exist():
     "samplers.thresholded samplers.FixedGrid parallel.shard_examples likelihood.log_prob "
     "likelihood.bits_per_dim divergence.exact divergence.hutchinson predictions.noise predictions.data "
     "guidance.classifier guidance.log_probability guidance.without guidance.mean_shift guidance.classifier_free "
-    "guidance.interval guidance.autoguidance guidance.composed inverse.pigdm inverse.dps inverse.projected inverse.repaint "
-    "inverse.inpainting inverse.colorization inverse.super_resolution inverse.deblurring editing.sdedit editing.exchange "
-    "editing.interpolation editing.panorama editing.cascade losses.noised_condition "
+    "guidance.interval guidance.autoguidance guidance.composed inverse.pigdm inverse.dps inverse.projected "
+    "inverse.repaint inverse.inpainting inverse.colorization inverse.super_resolution inverse.deblurring "
+    "editing.sdedit editing.exchange editing.interpolation editing.panorama editing.cascade losses.noised_condition "
     "predictions.velocity predictions.score predictions.edm schedules.Gamma typing.Sample typing.LogProb"
   )
   for name in names.split():

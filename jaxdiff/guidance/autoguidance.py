@@ -32,9 +32,10 @@ class _Weak:
     value, *v = read.values(score, x, t, cond)
     scale = at(self.scale, t)
     away = lambda: expand(scale, x) * value + expand(1 - scale, x) * read.value(self.weak, x, t, cond)
-    if callable(self.scale):
-      return jax.lax.cond(is_one(scale), lambda: value, away), *v
-    return away(), *v
+    if not callable(self.scale):
+      return away(), *v
+    limited = lambda: jnp.where(expand(scale, x) == 1, value, away())
+    return jax.lax.cond(is_one(scale), lambda: value, limited), *v
 
   def evaluations(self, score: ScoreFn, times: Array | None) -> int | Array:
     strong, weak = (predictions.evaluations(one, times) for one in (score, self.weak))

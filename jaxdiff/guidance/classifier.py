@@ -8,13 +8,14 @@
 At gamma = 1, (1) is the score of p_t(x | y), by Bayes' rule; else it is that of p_t(x) p_t(y | x)^gamma, which is not
 the diffusion of p_0(x) p_0(y | x)^gamma: samples are not from that density, see `classifier_free`. (1), (2) and (3) say
 the same: eps = -sigma s, and D = (x + sigma^2 s) / alpha. (4) is for `samplers.ancestral(..., shift=mean_shift(...))`:
-the classifier is linearized at the mean of the step, that is at its end, where (1) has it at the start; both agree as
-the steps become small.
+the classifier is linearized at the mean of the step, that is at its end, where (1) has it at the start, as Algorithm 1
+of the paper as printed has; both agree as the steps become small. With classifier-free guidance as well, the classifier
+comes last, `classifier(classifier_free(...), ...)`: it knows nothing of a null label.
 
 References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, Section 5, eq. 14, for (1); Dhariwal and Nichol 2021,
-  Diffusion Models Beat GANs on Image Synthesis, Section 4.2, eq. 14 and Algorithm 2, for (2), Section 4.1, eq. 10 and
-  Algorithm 1, for (4).
+  Diffusion Models Beat GANs on Image Synthesis, Section 4.2, eq. 14 and Algorithm 2, for (2), Section 4.1, eq. 10,
+  for (4).
 """
 
 import functools

@@ -76,6 +76,8 @@ class _Free:
     guided = expand(scale, x) * told + expand(1 - scale, x) * untold
     if self.rescale:
       guided = _with_spread(guided, told, self.rescale)
+    if callable(self.scale):
+      guided = jnp.where(expand(scale, x) == 1, told, guided)
     return guided, *(one[:, 0] for one in v)
 
 
@@ -99,7 +101,7 @@ def classifier_free(
       `models.conditioning.null` gives it. Any other value is a negative condition, which samples are led away from.
       Conditions that it does not name are told to both branches.
     scale: gamma of eq. (1), at least 0, or a function of time `[b] -> [b]` such as `interval(...)`. Where the function
-      is 1 for all examples, the null branch is not computed.
+      is 1 for all examples, the null branch is not computed; where it is 1, its derivative is 0.
     extra: omega of eq. (2), the scale less 1, instead of the scale.
     rescale: phi of eq. (3), in [0, 1]; 0.7 in the paper.
 

@@ -33,20 +33,23 @@ from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State, 
 
 
 class _Answered:
-  """The score of one step, which may be asked once, at the state it starts from; it keeps the derivative of D there."""
+  """The score of one step, which may be asked once, at the state it starts from; it keeps the derivative of D there.
+
+  What it is told is known: that of the field.
+  """
 
   def __init__(self, field: Field, x: State) -> None:
     self._field, self._x = field, x
     self.answer: tuple[State, Callable[[State], tuple[State]]] | None = None
 
-  def __call__(self, x: State, t: Time) -> State:
+  def __call__(self, x: State, t: Time, **cond: Array) -> State:
     alpha, sigma = (expand(value, x) for value in self._field.sde.marginal(batch_time(t, x)))
     return (alpha * self.denoised(x, t) - x) / sigma**2
 
-  def denoised(self, x: State, t: Time) -> State:
+  def denoised(self, x: State, t: Time, **cond: Array) -> State:
     return self._ask(x, lambda x: (self._field.denoised(x, t), None))[0]
 
-  def denoised_and_v(self, x: State, t: Time) -> tuple[State, State]:
+  def denoised_and_v(self, x: State, t: Time, **cond: Array) -> tuple[State, State]:
     return self._ask(x, lambda x: self._field.denoised_and_v(x, t))
 
   def _ask(self, x: State, predict: Callable[..., Any]) -> tuple[State, Any]:
@@ -101,7 +104,7 @@ def dps(sampler: FixedGrid, operator: Operator, scale: Scalar = 1.0) -> Any:
 
     def step(field: Any, x: State, memory: Any, node: Any, noise: Array) -> Any:
       once = _Answered(field, x)
-      x_next, memory = method.step(Field(field.sde, cast(ScoreFn, once), {}), x, memory, node, noise)
+      x_next, memory = method.step(Field(field.sde, cast(ScoreFn, once), field.cond), x, memory, node, noise)
       if once.answer is None:
         raise ValueError("sampler must ask the network once a step; this one never does")
       data, back = once.answer

@@ -86,6 +86,7 @@ def repaint(
     renewed = jnp.sqrt(jnp.maximum(sigma[goes_on] ** 2 - (keep * sigma[arrived]) ** 2, 0.0))
     nodes = jax.tree.map(lambda leaf: leaf[start], method.nodes), alpha[arrived], sigma[arrived], keep, renewed
     calls, times = method.calls[start], jnp.append(ts[:1], ts[goes_on])
+    others = jnp.asarray(method.others)[start] if jnp.ndim(method.others) else method.others
 
   def run(key: Keys, x_T: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
     checks.batch("x_T", x_T, cond)
@@ -98,7 +99,7 @@ def repaint(
       x = project(x, noise_of(noise, _KNOWN, x), alpha, sigma)
       return expand(keep, x) * x + expand(renewed, x) * noise_of(noise, _LEAP, x), memory
 
-    moves = method._replace(step=step, nodes=nodes, calls=calls)
+    moves = method._replace(step=step, nodes=nodes, calls=calls, others=others)
     sample = FixedGrid(sde, times, moves, ends_noisy(sampler), sampler.path)(key, x_T, score, told)
     return replace_last(sample, project.at_data(sample.x), 0)
 

@@ -69,9 +69,14 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
 
 def as_type(nothing: Any, dtype: Any, name: str) -> Array:
   """A null value, a number or an array, in the type of its condition, which must hold it."""
-  if not isinstance(nothing, jax.Array):
-    with np.errstate(invalid="ignore"):
-      there = np.asarray(nothing).astype(dtype)
-    if not np.array_equal(there, np.asarray(nothing), equal_nan=jnp.issubdtype(dtype, jnp.floating)):
+  if not isinstance(nothing, jax.core.Tracer):
+    given = np.asarray(nothing)
+    with np.errstate(invalid="ignore", over="ignore"):
+      there = given.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):  # rounding is no loss, overflow is
+      held = np.array_equal(np.isfinite(there), np.isfinite(given))
+    else:
+      held = np.array_equal(there, given)
+    if not held:
       raise ValueError(f"cond[{name!r}] has dtype {dtype}, which cannot hold its null {nothing}: pass a wider type")
   return jnp.asarray(nothing).astype(dtype)

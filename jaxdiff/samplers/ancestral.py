@@ -23,7 +23,7 @@ References:
   Ho et al. 2020, Denoising Diffusion Probabilistic Models, eq. 7, Section 3.2 and Algorithm 2, for (1) to (3); Bao et
   al. 2022, Analytic-DPM, Theorem 1, for (4); Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
   eq. 15 and Section 4, for (5) and leaps; Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix F;
-  Dhariwal and Nichol 2021, Diffusion Models Beat GANs on Image Synthesis, Algorithm 1, for (6).
+  Dhariwal and Nichol 2021, Diffusion Models Beat GANs on Image Synthesis, eq. 10, for (6).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,10 +36,10 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key
 
-from jaxdiff import checks, keys
+from jaxdiff import checks, keys, predictions
 from jaxdiff.ddpm import remaining_variance
 from jaxdiff.losses.chain import Chain
-from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Intervals, Method, check_grid, intervals, total_evaluations
+from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Intervals, Method, check_grid, intervals
 from jaxdiff.sde import ScalarSDE, batch_time, expand
 from jaxdiff.typing import State
 
@@ -122,7 +122,7 @@ def ancestral(
     return mean + std * keys.normal(noise, x.shape, x.dtype), memory
 
   to_data = not isinstance(last, jax.core.Tracer) and not bool(last)
-  others = 0 if shift is None else total_evaluations(shift, t_shift)
+  others = 0 if shift is None else predictions.evaluations(shift, t_shift)
   method = Method(step, (at.t, t_shift, of_state, of_data, std, widen), at.t, to_data=to_data, others=others)
   return FixedGrid(sde, times, method, denoise, path)
 

@@ -51,7 +51,7 @@ class Method(NamedTuple):
     calls: the times `[n]` of the network evaluations of all steps, in any order.
     memory: what the first step is given as `memory`, from x_T: what a multistep method remembers; () for none.
     to_data: whether the last step ends at the data themselves, without noise, so that there is no score any more.
-    others: evaluations of networks other than the score, of all steps.
+    others: evaluations of networks other than the score, of each step: `[steps]`, or one number for all.
   """
 
   step: Callable[[Field, State, Any, Any, Key[Array, " b"]], tuple[State, Any]]
@@ -99,9 +99,10 @@ class FixedGrid:
     checks.batch("x_T", x_T, cond)
     checks.made("score", score)
     field = Field(self.sde, score, dict(cond))
-    run = scan_steps(field, self.method, len(self.ts) - 1, self.path, key, x_T)
-    nfe = total_evaluations(score, self.method.calls) + self.method.others
-    sample = report(run.x, run.path, run.good, run.good == len(self.ts) - 1, nfe)
+    steps, others = len(self.ts) - 1, self.method.others
+    nfe = total_evaluations(score, self.method.calls) + (jnp.sum(others) if jnp.ndim(others) else steps * others)
+    run = scan_steps(field, self.method, steps, self.path, key, x_T)
+    sample = report(run.x, run.path, run.good, run.good == steps, nfe)
     if not self.denoise:
       return sample
     return replace_last(sample, field.denoised(run.x, self.ts[-1]), total_evaluations(score, self.ts[-1:]))
