@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 from jaxdiff import factory, schema
 from jaxdiff.schema import Config, ConfigError
 
-_SAMPLE = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif"}
+_TOLD = {"--label": "sample.label", "--prompt": "sample.prompt", "--guidance": "guidance.scale"} | {
+  f"--{name}": f"guidance.{name}" for name in ("classifier", "weak", "interval", "rescale")
+}
+_SAMPLE = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif", **_TOLD}
 _LIKELIHOOD = {
   f"--{name}": f"likelihood.{name}"
   for name in (
@@ -128,9 +131,10 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
       "is: take evaluate, or the --workdir of another run"
     )
   short = _short(command)
-  return override(
-    config, {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
-  ), workdir
+  texts = {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
+  if command == "likelihood" and any(path.split(".")[0] == "guidance" for path in texts):
+    raise ConfigError("config.guidance is of samples: the likelihood is that of the model without it, so leave it out")
+  return override(config, texts), workdir
 
 
 def transfer(command: str, argv: list[str]) -> tuple[Path, Path, dict[str, str]]:
@@ -228,7 +232,7 @@ def _line(error: Exception, file: Path) -> str:
 
 
 def override(config: Config, texts: Mapping[str, str]) -> Config:
-  """A config with fields set, the types of components first; paths of data are made absolute.
+  """A config with fields set, the types of components first; paths are made absolute.
 
   A field that belongs to the former type of a component alone is dropped, with a line on standard error.
 
@@ -245,7 +249,7 @@ def override(config: Config, texts: Mapping[str, str]) -> Config:
   for path in sorted(texts, key=lambda path: (not path.endswith(".type"), path.count("."))):
     _set(config, _steps(config) if path == "--steps" else path, texts[path])
   schema.check_sections(config)
-  for section in ("data", "other"):
+  for section in ("data", "other", "guidance"):
     fields = config.get(section, {})
     for name in schema.paths(section, fields) if fields else ():
       if (value := fields.get(name)) is not None:

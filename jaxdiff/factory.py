@@ -21,6 +21,7 @@ from jaxdiff.losses import decoders
 from jaxdiff.models import conditioning
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
+from jaxdiff.typing import NO_COND
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
@@ -211,12 +212,17 @@ def _scaled(value: jax.Array) -> jax.Array:
   return value / 127.5 - 1 if value.dtype == jnp.uint8 and value.ndim == 4 else value
 
 
-def make_given(config: Config, split: str) -> Given | None:
-  """The examples of a split whose conditions samples are given, where the network has conditions."""
-  if not make_conditions(config):
+def make_given(config: Config, split: str, stated: Mapping[str, np.ndarray] = NO_COND) -> Given | None:
+  """What samples are told, where anything: the conditions of the examples of a split, but for those that are stated."""
+  conditions = make_conditions(config).keys()
+  if not (conditions or stated):
     return None
+  of_stated = lambda batch: {name: batch[name] for name in stated}
+  if conditions <= stated.keys():
+    return Given(None, of_stated, stated)
   source = make_source(config, split)
-  return Given(source, make_cond(config, source))
+  of_examples = make_cond(config, source)
+  return Given(source, lambda batch: {**of_examples(batch), **of_stated(batch)}, stated)
 
 
 def check_conditions(config: Config, source: Source) -> None:
@@ -384,8 +390,8 @@ def check_components(config: Config) -> None:
   if not classifier:
     _check_flow(config)
   process = make_process(config)
-  settings = (options.train, options.evaluate, *(() if classifier else (options.sample, options.likelihood)))
-  for build in (make_network, make_optimizer_of, *settings):
+  generative = () if classifier else (options.sample, options.guidance, options.likelihood)
+  for build in (make_network, make_optimizer_of, options.train, options.evaluate, *generative):
     build(config)
   if classifier:
     return

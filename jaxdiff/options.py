@@ -15,7 +15,15 @@ import numpy as np
 
 from jaxdiff import schema
 from jaxdiff.data.examples import SPLITS, check_choice
-from jaxdiff.schema import Config, ConfigError, EvaluateSettings, LikelihoodSettings, SampleSettings, TrainSettings
+from jaxdiff.schema import (
+  Config,
+  ConfigError,
+  EvaluateSettings,
+  GuidanceSettings,
+  LikelihoodSettings,
+  SampleSettings,
+  TrainSettings,
+)
 from jaxdiff.training import ema
 
 
@@ -74,6 +82,33 @@ def sample(config: Config) -> SampleSettings:
   check_seed("sample.seed", settings.seed)
   _check_split(config, "sample", settings.split)
   _check_length("sample", settings.ema_length)
+  return settings
+
+
+def guidance(config: Config) -> GuidanceSettings:
+  """The section `guidance`, which a config may leave out, its numbers in range and all of them of use."""
+  settings = schema.component("guidance", config.get("guidance", {}))
+  scale, interval = settings.scale, settings.interval
+  if scale is not None and not 0 <= scale < float("inf"):
+    raise ConfigError(
+      f"config.guidance.scale must be at least 0, got {scale}: 1 is the conditional model, more is more guidance"
+    )
+  if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+    raise ConfigError(
+      f"config.guidance.interval must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH; got {interval}"
+    )
+  if not 0 <= settings.rescale <= 1:
+    raise ConfigError(f"config.guidance.rescale must be in [0, 1], got {settings.rescale}")
+  if settings.classifier is not None and settings.weak is not None:
+    raise ConfigError("config.guidance.classifier and weak are two ways of guidance: leave one of them out")
+  if settings.classifier is not None and (interval or settings.rescale):
+    raise ConfigError(
+      "config.guidance.interval and rescale are of guidance without a classifier: leave them or the classifier out"
+    )
+  if settings.weak is not None and settings.rescale:
+    raise ConfigError("config.guidance.rescale is of guidance by the model's own conditions: leave it or weak out")
+  if scale is None and (found := [name for name in ("weak", "interval", "rescale") if getattr(settings, name)]):
+    raise ConfigError(f"config.guidance.{found[0]} needs a scale, such as --guidance=2 (1 is no guidance)")
   return settings
 
 

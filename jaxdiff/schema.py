@@ -65,7 +65,8 @@ class TrainSettings:
 class SampleSettings:
   """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
 
-  Where the model has conditions, sample k is given those of example k of the `split`.
+  Where the model has conditions, sample k is given those of example k of the `split`; but for the class `label`, or of
+  several labels number k mod n, and the text `prompt`, where they are given.
   `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
   `ema_length` is the relative width of a power-function average, made of the snapshots of the run; None for the usual
   average.
@@ -74,11 +75,30 @@ class SampleSettings:
   num: int = 100
   batch_size: int = 100
   split: str = "test"
+  label: int | tuple[int, ...] = ()
+  prompt: str | tuple[str, ...] = ()
   trajectories: int = 6
   seed: int = 0
   threshold: Literal["none", "static", "dynamic"] = "none"
   gif: bool = False
   ema_length: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceSettings:
+  """What the samples of a trained model are guided by; of likelihoods it is no part.
+
+  `scale` is gamma in gamma s(x | y) + (1 - gamma) s(x): 1 is the conditional model without guidance. With the directory
+  of a run of a `classifier` it is the factor of the gradient of log p(y | x), 1 if it is left out; with that of a
+  `weak` model the one in gamma s + (1 - gamma) s_weak. Outside of `interval`, low < sigma / alpha <= high, there is no
+  guidance. `rescale` is the share in which the guided data prediction is given the spread of the conditional one.
+  """
+
+  scale: float | None = None
+  classifier: str | Path | None = None
+  weak: str | Path | None = None
+  interval: tuple[float, ...] = ()
+  rescale: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +180,7 @@ SECTIONS: Mapping[str, Section] = {
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),
+  "guidance": Section((GuidanceSettings,)),
   "sampler": Section(components.SAMPLERS, given=("sde", "forward", "path"), parts={"ts": "grid"}),
   "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
   "likelihood": Section(
@@ -171,8 +192,8 @@ SECTIONS: Mapping[str, Section] = {
   "evaluate": Section((EvaluateSettings,)),
   "other": Section(components.SOURCES, given=("split",)),
 }
-OPTIONAL = ("evaluate", "other")
-GENERATIVE = ("sampler", "sample", "likelihood")
+OPTIONAL = ("guidance", "evaluate", "other")
+GENERATIVE = ("sampler", "sample", "likelihood", "guidance")
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 

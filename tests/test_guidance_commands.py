@@ -1,0 +1,189 @@
+"""Labels, prompts and guidance on the command line, with exact networks of classes that are normal distributions.
+
+Where the networks are exact, guidance by conditions, by a classifier and by a weaker model are one formula, and the
+samples of the commands must be the same, whichever way they go.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff as jd
+from jaxdiff import cli, components, factory, objectives, options
+from jaxdiff.commands import guiding, telling, transfer
+from jaxdiff.evaluation import runs
+from jaxdiff.schema import ConfigError
+
+pytestmark = pytest.mark.standard_promotion
+SPREAD = 0.2
+SHAPE = 4, 2, 2  # no picture: two channels
+MEANS = np.array([-0.6, 0.1, 0.7], np.float32)
+
+
+def spread_of(x, t):
+  """alpha, and the variance of x_t within a class."""
+  alpha, sigma = (value.reshape(-1, *(1,) * (x.ndim - 1)) for value in jd.VP().marginal(t))
+  return alpha, (alpha * SPREAD) ** 2 + sigma**2
+
+
+def class_logits(x, t, means):
+  """log p(x_t | class) + constant, [b, k]."""
+  alpha, variance = spread_of(x, t)
+  distance = (x[..., None] - alpha[..., None] * means) ** 2 / variance[..., None]
+  return -0.5 * distance.sum(axis=tuple(range(1, x.ndim)))
+
+
+class Exact(nn.Module):
+  """E[x_0 | x_t, label]; without a label of the mixture; with a text of a mean that its first byte says."""
+
+  conditions: Mapping[str, Any] = None
+
+  @nn.compact
+  def __call__(self, x, t, *, train=False, **cond):
+    means = self.param("means", nn.initializers.zeros, (len(MEANS),))
+    posterior = jax.nn.softmax(class_logits(x, t, means))
+    if "text" in cond:
+      mean = (cond["text"][:, 0].astype(jnp.float32) / 128 - 1)[:, None]
+      posterior, means = jnp.ones((len(x), 1)), mean
+    elif "label" in cond:
+      known = jax.nn.one_hot(cond["label"], len(MEANS))
+      posterior = jnp.where((cond["label"] < len(MEANS))[:, None], known, posterior)
+    alpha, variance = spread_of(x, t)
+    means = jnp.broadcast_to(means, posterior.shape)[:, None, None, None]
+    denoised = means + (alpha * SPREAD**2 / variance)[..., None] * (x[..., None] - alpha[..., None] * means)
+    return (denoised * posterior[:, None, None, None]).sum(axis=-1)
+
+
+class ExactClassifier(nn.Module):
+  """The posterior of the classes."""
+
+  classes: int
+  conditions: Mapping[str, Any] = None
+
+  @nn.compact
+  def __call__(self, x, t, *, train=False, **cond):
+    return class_logits(x, t, self.param("means", nn.initializers.zeros, (self.classes,)))
+
+
+LABEL = {"label": {"type": "label", "classes": 3}}
+TEXT = {"text": {"type": "text", "length": 6}}
+
+
+def config_of(data, conditions=None, drop=0.1):
+  return {
+    "seed": 0,
+    "data": {"type": "npz", "path": str(data), "levels": 16},
+    "sde": {"type": "VP"},
+    "prediction": {"type": "data"},
+    "loss": {"type": "denoising"},
+    "network": {"type": "Exact", **({"conditions": conditions} if conditions else {})},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+    "train": {"batch_size": 8, "steps": 4, "drop_conditions": drop if conditions else 0.0},
+    "sampler": {"type": "ddim", "grid": {"steps": 12}},
+    "sample": {"num": 16, "batch_size": 16, "trajectories": 2},
+    "likelihood": {"rtol": 0.1, "atol": 0.1, "batch_size": 8, "bound_draws": 0, "limit": 8},
+    "evaluate": {"num": 16, "batch_size": 16, "features": "raw"},
+  }
+
+
+def classifier_config(data, **changes):
+  config = config_of(data)
+  config = {name: config[name] for name in ("seed", "data", "sde", "optimizer", "train")}
+  parts = {"prediction": {"type": "classes"}, "loss": {"type": "classification"}}
+  return config | parts | {"network": {"type": "Classifier", "classes": 3}} | changes
+
+
+def write_data(path, shift=0):
+  rng, label = np.random.default_rng(0), np.arange(24) % 3
+  x = (8 + 8 * MEANS[label][:, None, None, None] + rng.integers(-1, 2, (24, *SHAPE)) + shift).astype(np.uint8)
+  np.savez(path, x_train=x, x_test=x[:18], label_train=label, label_test=label[:18])
+  return path
+
+
+def make_run(folder, config, means=MEANS):
+  config = factory.normalize(config)
+  objectives.check(config)
+  transfer._write(config, factory.make_source(config, "train"), {"params": {"means": jnp.asarray(means)}}, folder)
+  return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(components.NETWORKS, "Exact", Exact)
+    patch.setitem(components.NETWORKS, "Classifier", ExactClassifier)
+    yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Runs of one data set: told labels, told nothing, a classifier, told texts; and some that do not go with them."""
+  folder = tmp_path_factory.mktemp("runs")
+  data = write_data(folder / "data.npz")
+  make_run(folder / "labels", config_of(data, LABEL))
+  make_run(folder / "plain", config_of(data))
+  make_run(folder / "classifier", classifier_config(data))
+  make_run(folder / "text", config_of(None, TEXT) | {"data": {"type": "absent", "shape": (4, 4, 1), "levels": 16}})
+  return folder
+
+
+def sample(workdir, *arguments):
+  cli.main(["sample", f"--workdir={workdir}", *arguments])
+  with np.load(workdir / "samples.npz", allow_pickle=False) as drawn:
+    return dict(drawn)
+
+
+def fails(capsys, command, workdir, *arguments):
+  with pytest.raises(SystemExit) as exit:
+    cli.main([command, f"--workdir={workdir}", *arguments])
+  assert exit.value.code == 2
+  return capsys.readouterr().err
+
+
+def test_samples_are_of_the_label_that_is_given(folder, capsys):
+  """Of several labels number k mod n is that of sample k; by default they are those of the examples."""
+  drawn, usual = sample(folder / "labels", "--label=2,0"), sample(folder / "labels")
+  np.testing.assert_array_equal(drawn["label"], np.arange(16) % 2 * -2 + 2)
+  assert "example" not in drawn
+  assert set(drawn["nfe"]) == {12}
+  error = SPREAD / math.sqrt(16 * 8)
+  np.testing.assert_allclose(drawn["x"].reshape(8, 2, -1).mean(axis=(0, 2)), MEANS[[2, 0]], atol=4 * error)
+  np.testing.assert_array_equal(usual["example"], np.arange(16))
+  assert "label" not in usual
+  one = sample(folder / "labels", "--label=2")
+  np.testing.assert_array_equal(one["x"][::2], drawn["x"][::2])  # by the same noise
+  np.testing.assert_array_equal(one["x"][2::3], usual["x"][2::3])
+
+
+def test_samples_are_of_the_prompt_that_is_given_without_any_data(folder):
+  drawn = sample(folder / "text", "--prompt=('@at', 'é')")
+  assert drawn["prompt"].tolist() == ["@at", "é"] * 8
+  means = np.array([ord("@"), "é".encode()[0]]) / 128 - 1
+  np.testing.assert_allclose(drawn["x"].reshape(8, 2, -1).mean(axis=(0, 2)), means, atol=4 * SPREAD / math.sqrt(128))
+  assert sample(folder / "text", "--prompt=3")["prompt"].tolist() == ["3"] * 16
+  assert {"samples.png", "denoising.png"} <= {path.name for path in (folder / "text").iterdir()}
+
+
+BAD_TOLD = [
+  (["labels", "--label=3"], "config.sample.label = 3 is no class of the model: take 0 to 2"),
+  (["labels", "--label=0,-1"], "config.sample.label = -1 is no class"),
+  (["labels", "--label=two"], "config.sample.label must be an integer or a tuple of an integer, got 'two'"),
+  (["plain", "--label=1"], "config.sample.label = 1 is for models that are told a class"),
+  (["labels", "--prompt=cat"], "config.sample.prompt = 'cat' is for models that are told a text"),
+  (["text", "--prompt=a long cat"], "has 10 bytes in UTF-8, of which the model reads 6: shorten it"),
+  (["text", "--prompt='a\\x00'"], "holds a NUL character"),
+  (["text", "--label=1"], "none of the type 'label': leave it out, or guide by a classifier"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_TOLD, ids=lambda value: " ".join(value)[:30])
+def test_what_the_model_cannot_be_told_is_refused(folder, capsys, arguments, message):
+  run, *flags = arguments
+  assert message in fails(capsys, "sample", folder / run, *flags)
