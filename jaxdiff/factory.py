@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from jaxdiff.losses import decoders
 from jaxdiff.models import conditioning
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
-from jaxdiff.typing import NO_COND
 
 TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
 MODEL_SECTIONS = ("data", "sde", "prediction", "network")
@@ -212,7 +212,7 @@ def _scaled(value: jax.Array) -> jax.Array:
   return value / 127.5 - 1 if value.dtype == jnp.uint8 and value.ndim == 4 else value
 
 
-def make_given(config: Config, split: str, stated: Mapping[str, np.ndarray] = NO_COND) -> Given | None:
+def make_given(config: Config, split: str, stated: Mapping[str, np.ndarray] = MappingProxyType({})) -> Given | None:
   """What samples are told, where anything: the conditions of the examples of a split, but for those that are stated."""
   conditions = make_conditions(config).keys()
   if not (conditions or stated):
@@ -333,7 +333,7 @@ def _make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergenc
 
 
 def make_sampler(config: Config, process: Any, **more: Any) -> Callable[..., Any]:
-  """The sampler, on its time grid if it has one; `more` are arguments that the config does not have."""
+  """The sampler, on its time grid if it has one; `more` are arguments in the place of its own."""
   section = config["sampler"]
   (constructor,) = schema.constructors("sampler", section)
   if section.get("variance") == "learned" and getattr(make_network(config), "parts", 1) != 2:
@@ -348,7 +348,7 @@ def make_sampler(config: Config, process: Any, **more: Any) -> Callable[..., Any
     given["forward"] = forward if hasattr(forward, "sde") else process
   if "grid" in schema.subsections("sampler", section):
     given["ts"] = schema.component("sampler.grid", section.get("grid", {}), sde=process)
-  return schema.component("sampler", section, **given, **more)
+  return schema.component("sampler", section, **{**given, **more})
 
 
 def has_path(config: Config) -> bool:

@@ -18,6 +18,7 @@ from jaxdiff.data.examples import SPLITS, check_choice
 from jaxdiff.schema import (
   Config,
   ConfigError,
+  EditSettings,
   EvaluateSettings,
   GuidanceSettings,
   LikelihoodSettings,
@@ -109,6 +110,34 @@ def guidance(config: Config) -> GuidanceSettings:
     raise ConfigError("config.guidance.rescale is of guidance by the model's own conditions: leave it or weak out")
   if scale is None and (found := [name for name in ("weak", "interval", "rescale") if getattr(settings, name)]):
     raise ConfigError(f"config.guidance.{found[0]} needs a scale, such as --guidance=2 (1 is no guidance)")
+  return settings
+
+
+_OF_TASK = {"mask": "inpaint", "blur": "deblur", "factor": "superres", "strength": "sdedit"}
+
+
+def edit(config: Config) -> EditSettings:
+  """The section `edit`, its numbers in range and all that is given of use to the task."""
+  section = config.get("edit", {})
+  settings = schema.component("edit", section)
+  for name, task in _OF_TASK.items():
+    if section.get(name) is not None and settings.task != task:
+      raise ConfigError(f"config.edit.{name} is of --task={task}, and this is {settings.task}: leave it out")
+  if settings.task == "sdedit" and (of_others := [name for name in ("method", "noise", "degrade") if name in section]):
+    raise ConfigError(f"config.edit.{of_others[0]} is of tasks with a measurement, and sdedit has none: leave it out")
+  if settings.task == "inpaint" and settings.mask is None:
+    raise ConfigError("--task=inpaint needs --mask=PATH, an image of the size of the input, white where to paint anew")
+  if "factor" in section and not settings.degrade:
+    raise ConfigError("config.edit.factor is of --degrade: without it the sizes of input and model say it")
+  if not 0 < settings.strength <= 1:
+    raise ConfigError(f"config.edit.strength must be in (0, 1], the part of the steps to take; got {settings.strength}")
+  if not 0 < settings.blur < float("inf"):
+    raise ConfigError(f"config.edit.blur must be positive, a standard deviation in pixels; got {settings.blur}")
+  if settings.noise is not None and not 0 <= settings.noise < float("inf"):
+    raise ConfigError(f"config.edit.noise must be at least 0, a standard deviation in [-1, 1]; got {settings.noise}")
+  _at_least("edit", settings, 1, "num")
+  _at_least("edit", settings, 2, "factor")
+  check_seed("edit.seed", settings.seed)
   return settings
 
 

@@ -102,6 +102,31 @@ class GuidanceSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class EditSettings:
+  """What to do with which images: of `num` results each, in a file, a folder or the array `x` of an .npz file.
+
+  "inpaint" paints anew where the image `mask` is white; "colorize" colours what is grey; "superres" enlarges; "deblur"
+  undoes a Gaussian `blur` of so many pixels, periodic at the borders; "sdedit" noises and samples again, so much of
+  the steps as `strength` says. With `degrade` the images are clean ones, degraded first, made smaller by `factor` (2).
+  The measurement has noise of a standard deviation `noise` in [-1, 1]: 0 but for "deblur", 1/255. `method` is that of
+  the restoration. Images of another size are cropped and resized by area averages where `resize` says so.
+  """
+
+  task: Literal["inpaint", "colorize", "superres", "deblur", "sdedit"]
+  input: str | Path
+  mask: str | Path | None = None
+  method: Literal["pigdm", "reconstruction", "dps", "projection", "repaint"] = "pigdm"
+  strength: float = 0.6
+  blur: float = 1.0
+  factor: int = 2
+  noise: float | None = None
+  degrade: bool = False
+  resize: bool = False
+  num: int = 4
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class LikelihoodSettings:
   """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time.
 
@@ -181,6 +206,7 @@ SECTIONS: Mapping[str, Section] = {
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),
   "guidance": Section((GuidanceSettings,)),
+  "edit": Section((EditSettings,)),
   "sampler": Section(components.SAMPLERS, given=("sde", "forward", "path"), parts={"ts": "grid"}),
   "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
   "likelihood": Section(
@@ -192,8 +218,8 @@ SECTIONS: Mapping[str, Section] = {
   "evaluate": Section((EvaluateSettings,)),
   "other": Section(components.SOURCES, given=("split",)),
 }
-OPTIONAL = ("guidance", "evaluate", "other")
-GENERATIVE = ("sampler", "sample", "likelihood", "guidance")
+OPTIONAL = ("guidance", "edit", "evaluate", "other")
+GENERATIVE = ("sampler", "sample", "likelihood", "guidance", "edit")
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 

@@ -169,8 +169,9 @@ def guided(config: Config, plan: Plan, source: Source, params: Any) -> Guided:
   if plan.other is None:
     lead = _by_conditions(config, plan, process)
     return Guided(params, lambda params: within(lead(base(params))))
-  led = _by_classifier(config, plan) if plan.settings.classifier is not None else _by_weaker(config, plan, process)
-  both = {"model": params, "other": _load_other(plan, source)}
+  by = _by_classifier if plan.settings.classifier is not None else _by_weaker
+  led = by(config, plan, plan.other, process)
+  both = {"model": params, "other": _load_other(plan.settings, plan.other, source)}
   return Guided(both, lambda both: within(led(base(both["model"]), both["other"])))
 
 
@@ -187,8 +188,8 @@ def _by_conditions(config: Config, plan: Plan, process: Any) -> Callable[[Any], 
   return lambda score: guidance.classifier_free(score, null, scale, rescale=settings.rescale)
 
 
-def _by_classifier(config: Config, plan: Plan) -> Callable[[Any, Any], Any]:
-  own, apply = config["network"].get("conditions", {}), factory.make_network(plan.other).apply
+def _by_classifier(config: Config, plan: Plan, other: Config, process: Any) -> Callable[[Any, Any], Any]:
+  own, apply = config["network"].get("conditions", {}), factory.make_network(other).apply
   scale = 1.0 if plan.settings.scale is None else plan.settings.scale
   stated = {"label", *plan.told.stated}
   not_the_model, not_the_classifier = sorted(stated - own.keys()), sorted((stated | own.keys()) - {"label"})
@@ -201,9 +202,9 @@ def _by_classifier(config: Config, plan: Plan) -> Callable[[Any, Any], Any]:
   return led
 
 
-def _by_weaker(config: Config, plan: Plan, process: Any) -> Callable[[Any, Any], Any]:
-  weaker, scale = factory.make_score(plan.other), _scale(plan.settings, process)
-  names = sorted(_told_of(config).keys() - _told_of(plan.other).keys())
+def _by_weaker(config: Config, plan: Plan, other: Config, process: Any) -> Callable[[Any, Any], Any]:
+  weaker, scale = factory.make_score(other), _scale(plan.settings, process)
+  names = sorted(_told_of(config).keys() - _told_of(other).keys())
 
   def led(score: Any, params: Any) -> Any:
     weak = weaker(params)
@@ -212,12 +213,12 @@ def _by_weaker(config: Config, plan: Plan, process: Any) -> Callable[[Any, Any],
   return led
 
 
-def _load_other(plan: Plan, source: Source) -> Any:
+def _load_other(settings: GuidanceSettings, config: Config, source: Source) -> Any:
   """The parameters of the other run, of the same data."""
-  name = "weak" if plan.settings.classifier is None else "classifier"
-  directory = Path(getattr(plan.settings, name))
-  other, params, _ = rundir.load(directory, plan.other)
-  if found := rundir.differences_of_data(other, source):
+  name = "weak" if settings.classifier is None else "classifier"
+  directory = Path(getattr(settings, name))
+  seen, params, _ = rundir.load(directory, config)
+  if found := rundir.differences_of_data(seen, source):
     raise ConfigError(
       f"config.guidance.{name} = {directory} was trained on other data than the model: {'; '.join(found)} in that. "
       "Take, or train, a run on the same data"

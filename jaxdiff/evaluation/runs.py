@@ -5,6 +5,7 @@ The mesh may span several processes, which then all call the same and all get th
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from jaxdiff import keys, parallel
 from jaxdiff.data.examples import Source
-from jaxdiff.typing import NO_COND, Cond, Keys, Params, ScoreFn, State
+from jaxdiff.typing import Cond, Keys, Params, ScoreFn, State
 
 Batch = Mapping[str, Any]
 
@@ -40,7 +41,7 @@ class Given(NamedTuple):
 
   source: Source | None
   cond: Callable[[Batch], Cond]
-  stated: Mapping[str, np.ndarray] = NO_COND
+  stated: Mapping[str, np.ndarray] = MappingProxyType({})
 
   def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """What samples of these numbers are told of."""
