@@ -380,6 +380,8 @@ def fits(value: Any, annotation: Any) -> bool:
 
 def cast(value: Any, annotation: Any) -> Any:
   """The value, a whole number as a float where the annotation has floats."""
+  if isinstance(value, tuple) and annotation == tuple[float, ...]:
+    return tuple(map(float, value))
   whole = isinstance(value, int) and not isinstance(value, bool)
   return float(value) if whole and float in (annotation, *get_args(annotation)) else value
 

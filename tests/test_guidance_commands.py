@@ -4,7 +4,7 @@ Where the networks are exact, guidance by conditions, by a classifier and by a w
 samples of the commands must be the same, whichever way they go.
 """
 
-import json
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import cli, components, factory, objectives, options
-from jaxdiff.commands import guiding, telling, transfer
-from jaxdiff.evaluation import runs
-from jaxdiff.schema import ConfigError
+from jaxdiff import cli, components, factory, objectives
+from jaxdiff.commands import transfer
 
 pytestmark = pytest.mark.standard_promotion
 SPREAD = 0.2
@@ -33,17 +31,22 @@ def spread_of(x, t):
   return alpha, (alpha * SPREAD) ** 2 + sigma**2
 
 
+def pattern(x):
+  """By what the mean of a class is multiplied from value to value, 1 on average."""
+  return jnp.linspace(0.5, 1.5, x[0].size).reshape(*x.shape[1:], 1)
+
+
 def class_logits(x, t, means):
   """log p(x_t | class) + constant, [b, k]."""
   alpha, variance = spread_of(x, t)
-  distance = (x[..., None] - alpha[..., None] * means) ** 2 / variance[..., None]
+  distance = (x[..., None] - alpha[..., None] * means * pattern(x)) ** 2 / variance[..., None]
   return -0.5 * distance.sum(axis=tuple(range(1, x.ndim)))
 
 
 class Exact(nn.Module):
   """E[x_0 | x_t, label]; without a label of the mixture; with a text of a mean that its first byte says."""
 
-  conditions: Mapping[str, Any] = None
+  conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @nn.compact
   def __call__(self, x, t, *, train=False, **cond):
@@ -56,7 +59,7 @@ class Exact(nn.Module):
       known = jax.nn.one_hot(cond["label"], len(MEANS))
       posterior = jnp.where((cond["label"] < len(MEANS))[:, None], known, posterior)
     alpha, variance = spread_of(x, t)
-    means = jnp.broadcast_to(means, posterior.shape)[:, None, None, None]
+    means = jnp.broadcast_to(means, posterior.shape)[:, None, None, None] * pattern(x)
     denoised = means + (alpha * SPREAD**2 / variance)[..., None] * (x[..., None] - alpha[..., None] * means)
     return (denoised * posterior[:, None, None, None]).sum(axis=-1)
 
@@ -65,7 +68,7 @@ class ExactClassifier(nn.Module):
   """The posterior of the classes."""
 
   classes: int
-  conditions: Mapping[str, Any] = None
+  conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @nn.compact
   def __call__(self, x, t, *, train=False, **cond):
@@ -187,3 +190,61 @@ BAD_TOLD = [
 def test_what_the_model_cannot_be_told_is_refused(folder, capsys, arguments, message):
   run, *flags = arguments
   assert message in fails(capsys, "sample", folder / run, *flags)
+
+
+def by_hand(config, params, cond, guide, **fields):
+  """What the command should have drawn: the library's own sampler with the keys of samples 0 to 15."""
+  process, score = factory.make_process(config), factory.make_score(config)
+  sampler = factory.make_sampler(config, process)
+  path_keys = lambda pair: sampler(pair[1], process.prior_sample(pair[0], (16, *SHAPE)), guide(score(params)), cond)
+  key = jax.random.fold_in(jax.random.key(0), 2)  # the stream of samples
+  return jax.jit(lambda key: path_keys(jd.keys.split(jd.example_keys(key, 0, 16))))(key)
+
+
+def test_guidance_of_one_is_the_conditional_model_bit_for_bit(folder):
+  plain, one = sample(folder / "labels", "--label=1"), sample(folder / "labels", "--label=1", "--guidance=1")
+  np.testing.assert_array_equal(plain["x"], one["x"])
+  np.testing.assert_array_equal(plain["nfe"], one["nfe"])
+
+
+def test_all_ways_of_guidance_are_one_where_the_networks_are_exact(folder):
+  """2 s(x|y) - s(x), by conditions, by a weaker model and, s(x|y) + grad log p(y|x), by a classifier."""
+  flags = ["--label=2,1"]
+  free = sample(folder / "labels", *flags, "--guidance=2")
+  weak = sample(folder / "labels", *flags, "--guidance=2", f"--weak={folder / 'plain'}")
+  led = sample(folder / "labels", *flags, f"--classifier={folder / 'classifier'}")
+  params = {"params": {"means": jnp.asarray(MEANS)}}
+  config = factory.read(folder / "labels" / "config.json")
+  cond = {"label": jnp.asarray(free["label"])}
+  alone = by_hand(config, params, cond, lambda score: jd.guidance.classifier_free(score, {"label": 3}, 2.0))
+  for drawn in (free, weak, led):
+    np.testing.assert_allclose(drawn["x"], alone.x, rtol=1e-3, atol=2e-4)
+    assert set(drawn["nfe"]) == {24}
+  assert np.abs(free["x"] - sample(folder / "labels", *flags)["x"]).max() > 0.05
+
+
+def test_a_classifier_leads_an_unconditional_model_to_its_classes(folder):
+  """At scale 1 as the conditional model draws them, all classes one after the other; at 3 further from the others."""
+  flag = f"--classifier={folder / 'classifier'}"
+  drawn = sample(folder / "plain", flag)
+  np.testing.assert_array_equal(drawn["label"], np.arange(16) % 3)
+  conditional = sample(folder / "labels", "--label=0,1,2")
+  np.testing.assert_allclose(drawn["x"], conditional["x"], rtol=1e-3, atol=2e-4)
+  assert set(drawn["nfe"]) == {24}
+  strong = sample(folder / "plain", flag, "--label=2", "--guidance=3")
+  assert strong["x"].mean() > sample(folder / "labels", "--label=2")["x"].mean() + 0.02
+
+
+def test_an_interval_guides_there_alone(folder):
+  """At the cost of one evaluation elsewhere; within it rescaling changes the samples."""
+  usual = sample(folder / "labels", "--label=0", "--guidance=2")
+  part = sample(folder / "labels", "--label=0", "--guidance=2", "--interval=0.3,2")
+  config = factory.read(folder / "labels" / "config.json")
+  process = factory.make_process(config)
+  alpha, sigma = process.marginal(factory.make_sampler(config, process).ts[:-1])
+  inside = int(((sigma / alpha > 0.3) & (sigma / alpha <= 2)).sum())
+  assert 0 < inside < 12
+  assert set(part["nfe"]) == {12 + inside}
+  assert np.abs(part["x"] - usual["x"]).max() > 1e-3
+  rescaled = sample(folder / "labels", "--label=0", "--guidance=2", "--rescale=0.7")
+  assert np.abs(rescaled["x"] - usual["x"]).max() > 1e-3

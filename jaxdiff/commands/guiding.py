@@ -176,7 +176,8 @@ def guided(config: Config, plan: Plan, source: Source, params: Any) -> Guided:
 
 
 def _scale(settings: GuidanceSettings, process: Any) -> Any:
-  return guidance.interval(process, settings.scale, *settings.interval) if settings.interval else settings.scale
+  scale: Any = settings.scale
+  return guidance.interval(process, scale, *settings.interval) if settings.interval else scale
 
 
 def _by_conditions(config: Config, plan: Plan, process: Any) -> Callable[[Any], Any]:
