@@ -137,10 +137,12 @@ class Condition(NamedTuple):
   Attributes:
     module: how the network reads it.
     of: makes it of the values of the example; None where it is a field of the example, of the condition's name.
+    noises: None; of a level of noise, the name of the condition that training noises by it, and the largest level.
   """
 
   module: Any
   of: Callable[[Float[Array, "b *d"]], Array] | None = None
+  noises: tuple[str, float] | None = None
 
 
 def label(classes: int, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
@@ -183,6 +185,30 @@ def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> C
     return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
 
   return Condition(conditioning.Image(channels, dtype=dtype), smaller)
+
+
+def noise_level(
+  image: str, most: float = 0.5, max_frequency: float = 10.0, dtype: str = "float32", param_dtype: str = "float32"
+) -> Condition:
+  """How much noise is on an image of the conditions: in training a random level up to the most, else none.
+
+  It makes the large model of a cascade, which bears the faults of the small one's images: `losses.noised_condition`.
+  """
+  if not 0 < most < 1:
+    raise ValueError(f"most must lie in (0, 1), the largest level of noise; got {most}")
+  module = conditioning.Scalar(max_frequency, dtype=dtype, param_dtype=param_dtype)
+  return Condition(module, lambda x: jnp.zeros(len(x), x.dtype), (image, most))
+
+
+def noises(conditions: Mapping[str, Condition]) -> dict[str, tuple[str, float]]:
+  """By name of a level of noise the image that training noises by it, and the largest level."""
+  images = sorted(name for name, made in conditions.items() if isinstance(made.module, conditioning.Image))
+  found = {name: made.noises for name, made in conditions.items() if made.noises is not None}
+  for name, (image, _) in found.items():
+    if image not in images:
+      known = ", ".join(images) or "none"
+      raise ValueError(f"{name}.image must name one of the images among them ({known}), got {image!r}")
+  return found
 
 
 def greyscale(dtype: str = "float32") -> Condition:
@@ -274,6 +300,7 @@ CONDITIONS: Table = {
   "embedding": embedding,
   "text": text,
   "downsampled": downsampled,
+  "noise_level": noise_level,
   "greyscale": greyscale,
 }
 SAMPLERS: Table = {

@@ -192,6 +192,7 @@ def make_conditions(config: Config) -> dict[str, components.Condition]:
     takes = inspect.signature(constructor).parameters
     types = {kind: network[kind] for kind in ("dtype", "param_dtype") if kind in network and kind in takes}
     made[name] = schema.component(path, section, **types)
+  schema.construct(components.noises, {}, "network.conditions", conditions=made)
   return made
 
 

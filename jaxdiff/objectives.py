@@ -82,6 +82,7 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
   fixed, stratified = make_loss(config, source)
   module, settings = factory.make_network(config), options.train(config)
   cond, null = factory.make_cond(config, source), conditioning.null(getattr(module, "conditions", {}))
+  noises = components.noises(factory.make_conditions(config))
   dequantized = source.levels if _levels(config, source) is None else None
   if settings.random_flip and len(source.shape) != 3:
     raise ConfigError(f"config.train.random_flip mirrors images [h, w, c]; the data have shape {source.shape}")
@@ -97,6 +98,9 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
     loss = fixed if factory.learned(config) is None else make_loss(config, source, params)[0]
     if training and settings.drop_conditions:
       loss = losses.drop_conditions(loss, null, settings.drop_conditions)
+    if training:
+      for name, (image, most) in noises.items():
+        loss = losses.noised_condition(loss, image, name, most)
     told = cond(batch)
     if schema.is_classifier(config):
       return loss(loss_key, x, network, {"label": batch["label"], **told}, u=batch["u"] if stratified else None)

@@ -263,6 +263,36 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
   assert jnp.abs((10 * side + 0.5) / 2.5 - 1 - x0).max() < 0.2 + 1e-6
 
 
+def test_super_resolution_of_a_config_is_trained_on_noised_images(config):
+  """The small image is noised by the level that the network is told, in training alone, and dropped after that."""
+  conditions = {"small": {"type": "downsampled"}, "level": {"type": "noise_level", "image": "small", "most": 0.8}}
+  config, source, seen = with_conditions(config, **conditions), images(), []
+  batch = {name: jnp.asarray(value) for name, value in source.gather(np.arange(24)).items()} | {"u": jnp.zeros(24)}
+  clean = factory.make_cond(config, source)(batch)
+  assert not clean["level"].any()
+
+  def told(dropping, training):
+    config["train"] = {"drop_conditions": dropping}
+    with pytest.MonkeyPatch.context() as patch:
+      loss = lambda key, x0, network, cond, u: (seen.append(cond), (jnp.zeros(len(x0)), {}))[1]
+      patch.setattr(objectives, "make_loss", lambda *_: (loss, True))
+      aux = objectives.make_objective(config, source, training)(None, jd.example_keys(KEY, 0, 24), batch)[1]
+    return seen[-1], aux
+
+  cond, aux = told(0.0, True)
+  level = cond["level"][:, None, None, None]
+  np.testing.assert_array_equal(aux["level"], cond["level"])
+  assert 0 < cond["level"].min() < cond["level"].max() < 0.8
+  noise = (cond["small"] - jnp.sqrt(1 - level**2) * clean["small"]) / level
+  assert abs(float(noise.std()) - 1) < 4.5 / (2 * noise.size) ** 0.5
+  jax.tree.map(np.testing.assert_array_equal, told(0.0, False)[0], clean)
+  cond, aux = told(0.5, True)
+  dropped = aux["dropped"] == 1
+  assert 0 < dropped.sum() < 24
+  np.testing.assert_array_equal(jnp.isnan(cond["level"]), dropped)
+  np.testing.assert_array_equal(jnp.all(cond["small"] == 0, axis=(1, 2, 3)), dropped)
+
+
 @pytest.mark.parametrize(
   ("conditions", "message"),
   [
@@ -281,6 +311,14 @@ def test_mirrored_images_have_mirrored_conditions(config, monkeypatch):
     ({"small": {"type": "downsampled", "channels": 1}}, r"conditions.small: cond\['small'\] has shape \(1, 2, 2, 3\)"),
     ({"small": {"type": "downsampled", "factor": 0}}, "conditions.small: factor must be at least 1, got 0"),
     ({"grey": {"type": "image", "channels": 1}}, "config.network.conditions.grey needs data with 'grey'"),
+    (
+      {"small": {"type": "downsampled"}, "level": {"type": "noise_level", "image": "smal"}},
+      r"config.network.conditions: level.image must name one of the images among them \(small\), got 'smal'",
+    ),
+    (
+      {"small": {"type": "downsampled"}, "level": {"type": "noise_level", "image": "small", "most": 1.0}},
+      r"config.network.conditions.level: most must lie in \(0, 1\), the largest level of noise; got 1.0",
+    ),
   ],
 )
 def test_conditions_that_the_data_do_not_have_are_refused_before_any_work(config, conditions, message):

@@ -6,8 +6,9 @@ bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
 -log p(y | x_t)    classification                                 of a classifier of noised data, for guidance
 
-`averaged(loss, draws)` evaluates a loss, `drop_conditions(loss, null, probability)` trains with and without them;
-`weights` and `times` say where a loss looks; `decoders` are for integers.
+`averaged(loss, draws)` evaluates a loss, `drop_conditions(loss, null, probability)` trains with and without them,
+`noised_condition(loss, image, level, most)` on noised images; `weights` and `times` say where a loss looks; `decoders`
+are for integers.
 """
 
 from jaxdiff.losses import decoders as decoders
@@ -22,6 +23,7 @@ from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
 from jaxdiff.losses.dropping import drop_conditions as drop_conditions
 from jaxdiff.losses.ffjord import ffjord as ffjord
 from jaxdiff.losses.ncsn import ncsn as ncsn
+from jaxdiff.losses.noising import noised_condition as noised_condition
 from jaxdiff.losses.score_matching import Loss as Loss
 from jaxdiff.losses.score_matching import denoising as denoising
 from jaxdiff.losses.score_matching import explicit as explicit

@@ -1,0 +1,248 @@
+"""SDEdit, inversion and interpolation against the exact flows and posteriors of Gaussian data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import Gaussian
+
+import jaxdiff as jd
+from jaxdiff import editing
+
+KEY = jax.random.key(0)
+SDE = jd.VP()
+DATA = Gaussian(np.array([1.0, -0.5, 0.2]), np.full(3, 0.5))
+LABELLED = DATA, Gaussian(np.array([-1.0, 0.5, 2.0]), np.array([0.2, 0.7, 1.0]))
+IMAGE = np.array([-1.0, 2.0, 0.6])
+
+
+def towards(x, t, center):
+  """A score with a condition."""
+  return (center - x) / (0.1 + t[:, None] ** 2)
+
+
+def expected(ts, repeats, stochastic):
+  """Mean and standard deviation of SDEdit's result from one image, by the exact posterior or flow of the data.
+
+  Noising, mean a x and deviation s; then x_0 | x_t of the reverse process (gain v_0 a / v, what is left of v_0 beside
+  it) or the probability flow, which scales the distance from the mean by sqrt(v_0 / v).
+  """
+  alpha, sigma = (float(value) for value in SDE.marginal(ts[0]))
+  v0, v = DATA.std**2, alpha**2 * DATA.std**2 + sigma**2
+  gain = v0 * alpha / v if stochastic else np.sqrt(v0 / v)
+  left = v0 * sigma**2 / v if stochastic else 0.0
+  mean, variance = IMAGE, np.zeros(3)
+  for _ in range(repeats):
+    mean = DATA.mean + gain * alpha * (mean - DATA.mean)
+    variance = gain**2 * (alpha**2 * variance + sigma**2) + left
+  return mean, np.sqrt(variance)
+
+
+@pytest.mark.parametrize(("repeats", "stochastic"), [(1, True), (3, True), (1, False), (2, False)])
+def test_sdedit_has_the_distribution_of_the_exact_posterior(repeats, stochastic):
+  """Within 4.5 standard errors: ancestral steps of the optimal variance are exact, and the flow's are to 0.1%."""
+  ts = editing.lower_part(jd.time_grid(SDE, 40), 0.55)
+  if stochastic:
+    sampler = jd.samplers.ancestral(SDE, ts, variance="optimal", data_variance=DATA.std[0] ** 2)
+  else:
+    sampler = jd.samplers.dpm_solver_pp(SDE, ts)
+  edit = jax.jit(lambda key, x: editing.sdedit(sampler, repeats)(key, x, DATA.score(SDE)))
+  count = 4000
+  sample = edit(KEY, jnp.broadcast_to(jnp.asarray(IMAGE, jnp.float32)[None], (count, 3)))
+  mean, std = expected(ts, repeats, stochastic)
+  assert sample.nfe[0] == sample.status.accepted[0] == repeats * (len(ts) - 1)
+  np.testing.assert_allclose(np.mean(sample.x, axis=0), mean, atol=4.5 * std.max() / count**0.5 + 0.001)
+  np.testing.assert_allclose(np.std(sample.x, axis=0), std, rtol=4.5 / (2 * count) ** 0.5 + 0.001)
+
+
+def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
+  ts = jd.time_grid(SDE, 50)
+  assert len(editing.lower_part(ts, 1e-6)) == 2
+  np.testing.assert_array_equal(editing.lower_part(ts, 1.0), ts)
+  np.testing.assert_array_equal(editing.lower_part(ts, 0.6), ts[20:])
+  assert list(editing.lower_part([3, 2, 1, 0], 0.67)) == [2, 1, 0]
+  x = DATA.sample(KEY, 64)
+  near = editing.sdedit(jd.samplers.ddim(SDE, editing.lower_part(ts, 0.01)))(KEY, x, DATA.score(SDE))
+  assert 0 < float(jnp.max(jnp.abs(near.x - x))) < 0.02
+  whole = editing.sdedit(jd.samplers.ddim(SDE, ts))(KEY, x, DATA.score(SDE))
+  assert abs(np.corrcoef(whole.x[:, 1], x[:, 1])[0, 1]) < 4.5 / 64**0.5
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_sdedit_of_an_example_is_its_own(repeats):
+  """Alone and in another order, by one program; a broken example is named; the path is that of the last repetition."""
+  ts, traces = editing.lower_part(jd.time_grid(SDE, 8), 0.5), []
+  edit = editing.sdedit(jd.samplers.reverse_sde(SDE, ts, path=2), repeats)
+
+  @jax.jit
+  def run(keys, x, cond):
+    traces.append(1)
+    return edit(keys, x, towards, cond)
+
+  keys, x = jd.example_keys(KEY, 0, 4), DATA.sample(KEY, 4)
+  cond = {"center": jnp.zeros((4, 3)).at[1].set(jnp.nan)}
+  sample = run(keys, x, cond)
+  order = jnp.asarray([2, 3, 0, 0])
+  other = run(keys[order], x[order], {"center": cond["center"][order]})
+  np.testing.assert_allclose(other.x, sample.x[order], rtol=1e-6)
+  assert len(traces) == 1
+  assert sample.status.code.tolist() == [0, 2, 0, 0]
+  np.testing.assert_array_equal(sample.path[-1][::2], sample.x[::2])
+  assert sample.path.shape == (3, 4, 3)
+  np.testing.assert_allclose(edit(KEY, x, towards, cond).x[0], sample.x[0], rtol=1e-5)
+  alone = edit(keys[2:3], x[2:3], towards, {"center": cond["center"][2:3]})
+  np.testing.assert_allclose(alone.x[0], sample.x[2], rtol=1e-5)
+
+
+def test_sdedit_counts_the_calls_of_any_score():
+  """A score of several evaluations, and a sampler of two a step."""
+  calls = []
+
+  class Twice:
+    def __call__(self, x, t, **cond):
+      jax.debug.callback(lambda _: calls.extend([1, 1]), t[0])
+      return -x
+
+    def evaluations(self, times):
+      return 2
+
+  ts = jd.time_grid(SDE, 4)[2:]
+  sample = editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)(KEY, jnp.ones((1, 2)), Twice())
+  jax.effects_barrier()
+  assert sample.nfe.tolist() == [len(calls)] == [24]
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "message"),
+  [
+    (lambda: editing.lower_part([1.0, 0.0], 0.0), ValueError, r"strength must lie in \(0, 1\], .* got 0.0"),
+    (lambda: editing.lower_part([1.0, 0.0], 1.1), ValueError, "strength must lie in"),
+    (lambda: editing.lower_part([1.0, 0.0], float("nan")), ValueError, "strength must lie in"),
+    (lambda: editing.lower_part([1.0], 0.5), ValueError, "ts must hold at least two times, .* got 1"),
+    (lambda: editing.sdedit(jd.samplers.ddim), TypeError, "sampler is a factory"),
+    (lambda: editing.sdedit(jd.samplers.probability_flow(SDE)), TypeError, "on a grid of times, .* got function"),
+    (lambda: editing.sdedit(3), TypeError, r"must be a function \(key, x, score, cond\) -> Sample, got int"),
+    (
+      lambda: editing.sdedit(jd.samplers.ddim_encode(SDE, jd.time_grid(SDE, 4))),
+      ValueError,
+      "sampler must walk from noise to the data, but its times rise",
+    ),
+    (
+      lambda: editing.sdedit(jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)), 0),
+      ValueError,
+      "repeats must be at least 1, how many times",
+    ),
+    (lambda: editing.sdedit(jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)), 1.5), TypeError, "repeats must be an integer"),
+  ],
+)
+def test_bad_input_of_sdedit_is_refused(make, error, message, untyped):
+  with pytest.raises(error, match=message):
+    make()
+
+
+def of_label(x, t, label):
+  """The score of Gaussians, one of each label."""
+  first, second = (data.score(SDE)(x, t) for data in LABELLED)
+  return jnp.where(label[:, None] == 0, first, second)
+
+
+def pair(steps, path=0):
+  ts = jd.time_grid(SDE, steps)
+  return jd.samplers.ddim_encode(SDE, ts), jd.samplers.ddim(SDE, ts, path=path), float(ts[-1])
+
+
+def exchanged(x, old, new, t0, t1=1.0):
+  """From the one Gaussian to the other by the exact flows: it keeps every standardized coordinate."""
+  return LABELLED[new].flow(SDE, LABELLED[old].flow(SDE, x, t0, t1), t1, t0)
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_exchange_converges_to_the_exact_flow_at_the_order_of_ddim(new, x64):
+  """By the same label it returns to the image, by the other it becomes one of its Gaussian."""
+  x, errors = DATA.sample(KEY, 16), []
+  for steps in (100, 400):
+    encode, decode, t0 = pair(steps)
+    edit = jax.jit(lambda x, old, new: editing.exchange(encode, decode)(KEY, x, of_label, old, new))
+    sample = edit(x, {"label": jnp.zeros(16, int)}, {"label": jnp.full(16, new)})
+    assert sample.nfe.tolist() == sample.status.accepted.tolist() == [2 * steps] * 16
+    errors.append(float(jnp.max(jnp.abs(sample.x - exchanged(x, 0, new, t0)))))
+  assert errors[1] < 0.03
+  assert 0.95 < np.log(errors[0] / errors[1]) / np.log(4) < 1.1
+
+
+def test_exchange_gives_the_distribution_of_the_other_label():
+  encode, decode = jd.samplers.probability_flow_encode(SDE), jd.samplers.probability_flow(SDE)
+  edit, count = jax.jit(editing.exchange(encode, decode), static_argnums=2), 512
+  label = jnp.arange(count) % 2
+  x = jnp.where(label[:, None] == 0, DATA.sample(KEY, count), LABELLED[1].sample(KEY, count))
+  sample = edit(KEY, x, of_label, {"label": label}, {"label": 1 - label})
+  t0 = float(jd.time_grid(SDE, 1)[-1])
+  for old, data in ((1, LABELLED[0]), (0, LABELLED[1])):
+    made = np.asarray(sample.x[label == old], np.float64)
+    np.testing.assert_allclose(made, exchanged(x[label == old], old, 1 - old, t0), atol=0.01)
+    np.testing.assert_allclose(made.mean(0), data.mean, atol=4.5 * data.std.max() / (count / 2) ** 0.5)
+    np.testing.assert_allclose(made.std(0), data.std, rtol=4.5 / count**0.5)
+  jd.raise_if_failed(sample)
+
+
+def test_interpolated_images_are_those_of_the_exact_flow():
+  """The ends return, in between is the flow of the arc; every image is its own, of a program for all inputs."""
+  (encode, decode, t0), fractions, traces = pair(1600), jnp.linspace(0.0, 1.0, 5), []
+
+  @jax.jit
+  def run(keys, first, last, cond):
+    traces.append(1)
+    return editing.interpolation(encode, decode)(keys, first, last, fractions, of_label, cond)
+
+  keys, first, last = jd.example_keys(KEY, 0, 2), DATA.sample(KEY, 2), DATA.sample(jax.random.key(1), 2)
+  sample = run(keys, first, last, {"label": jnp.asarray([0, 1])})
+  x = sample.x.reshape(5, 2, 3)
+  np.testing.assert_allclose(x[0], first, atol=0.012)
+  np.testing.assert_allclose(x[-1], last, atol=0.012)
+  latents = [jnp.stack([data.flow(SDE, x, t0, 1.0)[i] for i, data in enumerate(LABELLED)]) for x in (first, last)]
+  arcs = jd.samplers.interpolate(*latents, fractions)
+  for i, data in enumerate(LABELLED):
+    np.testing.assert_allclose(x[:, i], data.flow(SDE, arcs[:, i], 1.0, t0), atol=0.02)
+  assert sample.nfe.tolist() == [4800] * 10
+  swapped = run(keys[::-1], first[::-1], last[::-1], {"label": jnp.asarray([1, 0])})
+  np.testing.assert_allclose(swapped.x.reshape(5, 2, 3)[:, ::-1], x, rtol=1e-5, atol=1e-6)
+  assert len(traces) == 1
+
+
+def test_a_broken_encoding_is_named_and_the_path_is_that_of_decoding():
+  encode, decode, _ = pair(4, path=2)
+  x = jnp.ones((3, 3)).at[1].set(jnp.nan)
+  sample = editing.exchange(encode, decode)(KEY, x, lambda x, t: -x, {}, {})
+  assert sample.status.code.tolist() == [0, 2, 0]
+  assert sample.path.shape == (3, 3, 3)
+  short = jd.samplers.probability_flow_encode(SDE, max_steps=1)
+  sample = editing.exchange(short, decode)(KEY, jnp.ones((3, 3)), lambda x, t: -x, {}, {})
+  assert sample.status.code.tolist() == [1, 1, 1]
+  between = editing.interpolation(encode, decode)
+  sample = between(KEY, x, jnp.ones((3, 3)), jnp.asarray([0.2, 0.7]), lambda x, t: -x)
+  assert sample.status.code.tolist() == [0, 2, 0] * 2
+
+
+def test_bad_input_of_exchange_and_interpolation_is_refused(untyped):
+  encode, decode, _ = pair(4)
+  x, score, other = jnp.ones((2, 3)), lambda x, t: -x, jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)[1:])
+  for make in (editing.exchange, editing.interpolation):
+    with pytest.raises(ValueError, match=r"encode must walk from the data to noise, but its times fall from 1.0"):
+      make(decode, decode)
+    with pytest.raises(ValueError, match="decode must walk from noise to the data, but its times rise"):
+      make(encode, encode)
+    with pytest.raises(ValueError, match=r"decode must start where encode ends, at t = 1.0; it starts at t = 0\."):
+      make(encode, other)
+    with pytest.raises(TypeError, match=r"encode is a factory: did you forget to call it: samplers.ddim_encode\(\)"):
+      make(jd.samplers.ddim_encode, decode)
+    with pytest.raises(TypeError, match=r"decode must be a function \(key, x, score, cond\) -> Sample, got NoneType"):
+      make(encode, None)
+  edit, between = editing.exchange(encode, decode), editing.interpolation(encode, decode)
+  with pytest.raises(ValueError, match="new_cond lacks 'label': pass all conditions"):
+    edit(KEY, x, score, {"label": jnp.zeros(2)}, {"other": jnp.zeros(2)})
+  with pytest.raises(ValueError, match=r"cond\['label'\] must have one entry per example, \[2, ...\]"):
+    edit(KEY, x, score, {}, {"label": jnp.zeros(3)})
+  with pytest.raises(ValueError, match=r"first and last must have one shape, got \(2, 3\) and \(1, 3\)"):
+    between(KEY, x, x[:1], jnp.zeros(1), score)
+  with pytest.raises(ValueError, match=r"fractions must be a vector \[n\], got shape \(\)"):
+    between(KEY, x, x, 0.5, score)
