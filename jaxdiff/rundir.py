@@ -108,8 +108,12 @@ def _differences_of_data(saved: Config, given: Config, shapes_alone: bool) -> li
 
 
 def differences_of_data(source: Source, other: Source) -> list[str]:
-  """What the data of two runs differ in, a text for each fact; of data that are not there the shape alone counts."""
-  return _differences_of_data(_facts_of_data(source), _facts_of_data(other), not (len(source) and len(other)))
+  """What the data of two runs differ in, a text for each fact: not in their name alone.
+
+  Of data that are not there the shape counts alone.
+  """
+  found = _differences_of_data(_facts_of_data(source), _facts_of_data(other), not (len(source) and len(other)))
+  return [] if all(text.startswith("data.name ") for text in found) else found
 
 
 def check_examples(config: Config) -> None:

@@ -5,6 +5,7 @@ samples of the commands must be the same, whichever way they go.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,8 @@ import pytest
 
 import jaxdiff as jd
 from jaxdiff import cli, components, factory, objectives
-from jaxdiff.commands import transfer
+from jaxdiff.commands import guiding, transfer
+from jaxdiff.evaluation import runs
 
 pytestmark = pytest.mark.standard_promotion
 SPREAD = 0.2
@@ -248,3 +250,106 @@ def test_an_interval_guides_there_alone(folder):
   assert np.abs(part["x"] - usual["x"]).max() > 1e-3
   rescaled = sample(folder / "labels", "--label=0", "--guidance=2", "--rescale=0.7")
   assert np.abs(rescaled["x"] - usual["x"]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def strangers(folder):
+  """Other runs in the same folder, which do not go with the model."""
+  data, other = folder / "data.npz", write_data(folder / "other.npz", shift=1)
+  make_run(folder / "cosine", classifier_config(data, sde={"type": "CosineVP"}))
+  make_run(folder / "elsewhere", classifier_config(other))
+  make_run(folder / "weak_elsewhere", config_of(other))
+  two = {"label": {"type": "label", "classes": 4}}
+  make_run(folder / "four", config_of(data, two))
+  make_run(folder / "steadfast", config_of(data, LABEL, drop=0.0))
+  return folder
+
+
+BAD_GUIDANCE = [
+  ("plain", "--guidance=2", "config.guidance.scale = 2.0 leads to the conditions of the model, and config.network"),
+  ("steadfast", "--guidance=2", "config.train.drop_conditions = 0: train one with 0.1, or guide by another run"),
+  ("labels", "--guidance=-1", "config.guidance.scale must be at least 0, got -1.0"),
+  ("labels", "--guidance=strong", "config.guidance.scale must be a number or None, got 'strong'"),
+  ("labels", "--guidance=nan", "config.guidance.scale must be"),
+  ("labels", "--guidance=2 --interval=5,0.2", "must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH"),
+  ("labels", "--guidance=2 --interval=5", "config.guidance.interval must be a tuple of a number, got 5"),
+  ("labels", "--guidance=2 --interval=1,2,3", "must be LOW,HIGH"),
+  ("labels", "--interval=1,2", "config.guidance.interval needs a scale, such as --guidance=2"),
+  ("labels", "--weak=.", "config.guidance.weak needs a scale"),
+  ("labels", "--guidance=2 --rescale=2", "config.guidance.rescale must be in [0, 1], got 2"),
+  ("labels", "--classifier={}/nothing", "nothing is no directory of a run: it has no config.json"),
+  ("labels", "--classifier={}/plain", "holds a Exact, which is no classifier"),
+  ("labels", "--classifier={}/cosine", "is of another process: config.sde.type was 'CosineVP', is 'VP'"),
+  ("labels", "--classifier={}/elsewhere", "was trained on other data: data.name was"),
+  ("labels", "--classifier={}/classifier --label=3", "config.sample.label = 3 is no class of the model: take 0 to 2"),
+  ("labels", "--classifier={}/classifier --interval=1,2 --guidance=2", "are of guidance without a classifier"),
+  ("labels", "--classifier={0}/classifier --weak={0}/plain --guidance=2", "are two ways of guidance"),
+  ("labels", "--weak={}/weak_elsewhere --guidance=2", "was trained on other data: data.name was"),
+  ("labels", "--weak={}/classifier --guidance=2", "holds a classifier: take a run of a weaker model"),
+  ("labels", "--weak={}/four --guidance=2", "is told label as {'type': 'label', 'classes': 4}, the model {'type'"),
+  ("plain", "--weak={}/labels --guidance=2", "the model is not: take a run with the same config.network.conditions"),
+  ("labels", "--guidance=2 --weak={}/plain --rescale=0.5", "config.guidance.rescale is of guidance by the model's own"),
+  ("classifier", "--label=1", "sample is for models that generate, and config.network.type = 'Classifier'"),
+]
+
+
+@pytest.mark.parametrize(("run", "flags", "message"), BAD_GUIDANCE, ids=lambda value: str(value)[:40])
+def test_guidance_that_cannot_be_is_refused(strangers, capsys, run, flags, message):
+  error = fails(capsys, "sample", strangers / run, *flags.format(strangers).split())
+  assert message in error
+  assert error.startswith("jaxdiff: ")
+  assert "sampling" not in error
+
+
+def test_what_evaluate_draws_is_told_and_led(folder, capsys, monkeypatch):
+  """Chunks of samples belong to their guidance; those of another are drawn anew."""
+  drawn, drawer = [], runs.drawer
+
+  def noting(*arguments):
+    draw = drawer(*arguments)
+    return lambda start: drawn.append(draw(start)) or drawn[-1]
+
+  monkeypatch.setattr(runs, "drawer", noting)
+  flags = ["--label=2", "--guidance=2", "--config.evaluate.num=16"]
+  for more in ([], [], ["--guidance=3"], ["--label=1"], ["--config.sample.threshold=static"]):
+    cli.main(["evaluate", f"--workdir={folder / 'labels'}", *flags, *more])
+  assert len(drawn) == 4
+  np.testing.assert_array_equal(drawn[0]["x"], sample(folder / "labels", "--label=2", "--guidance=2")["x"])
+  report = json.loads((folder / "labels" / "evaluation.json").read_text())
+  assert report["label"] == [2]
+  assert report["threshold"] == "static"
+  assert report["guidance"]["scale"] == 2.0
+  assert report["nfe"] == 24
+  assert np.abs(drawn[3]["x"]).max() < np.abs(drawn[0]["x"]).max()
+
+
+def test_a_likelihood_is_without_guidance(folder, capsys, monkeypatch):
+  assert "config.guidance is of samples" in fails(capsys, "likelihood", folder / "labels", "--config.guidance.scale=2")
+  config = factory.read(folder / "labels" / "config.json") | {"guidance": {"scale": 2.0}}
+  file = folder / "guided.py"
+  file.write_text(f"def get_config():\n  return {config!r}\n")
+
+  def stop(*arguments):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(objectives, "make_log_likelihood", stop)
+  with pytest.raises(SystemExit):
+    cli.main(["likelihood", f"--workdir={folder / 'labels'}", f"--config={file}"])
+  assert "config.guidance is of samples: the likelihood is that of the model without it" in capsys.readouterr().err
+
+
+def test_parameters_of_both_runs_are_arguments(folder):
+  """Of the jitted function: no constant of the compiled program holds them."""
+  config = arguments_of(folder / "labels", guidance={"classifier": str(folder / "classifier"), "scale": 2.0})
+  plan = guiding.plan(config)
+  guided = guiding.guided(config, plan, factory.make_source(config, "train"), {"params": {"means": jnp.asarray(MEANS)}})
+  x, t, cond = jnp.ones((2, *SHAPE)), jnp.full(2, 0.5), {"label": jnp.arange(2)}
+  value = lambda params: guided.score(params)(x, t, **cond)
+  doubled = jax.tree.map(lambda leaf: 2 * leaf, guided.params)
+  for name in ("model", "other"):
+    changed = guided.params | {name: doubled[name]}
+    assert jnp.abs(jax.jit(value)(changed) - jax.jit(value)(guided.params)).max() > 0.01
+
+
+def arguments_of(workdir, **sections):
+  return factory.read(workdir / "config.json") | sections

@@ -105,9 +105,10 @@ def _other(config: Config, name: str, directory: Any) -> Config:
   other = factory.read(path)
   schema.check_sections(other)
   theirs, ours = (schema.resolved("sde", made["sde"]) for made in (other, config))
-  if found := factory.differences(theirs, ours, "config.sde"):
+  types = factory.differences(theirs["type"], ours["type"], "config.sde.type")
+  if found := types or factory.differences(theirs, ours, "config.sde"):
     raise ConfigError(
-      f"config.guidance.{name} = {directory} is of another process than the model: {'; '.join(found)} in that. "
+      f"config.guidance.{name} = {directory} is of another process: {'; '.join(found)} in the model. "
       "Take, or train, a run with the same config.sde"
     )
   if factory.learned(config) is not None:
@@ -221,7 +222,7 @@ def _load_other(settings: GuidanceSettings, config: Config, source: Source) -> A
   seen, params, _ = rundir.load(directory, config)
   if found := rundir.differences_of_data(seen, source):
     raise ConfigError(
-      f"config.guidance.{name} = {directory} was trained on other data than the model: {'; '.join(found)} in that. "
+      f"config.guidance.{name} = {directory} was trained on other data: {'; '.join(found)} in the model. "
       "Take, or train, a run on the same data"
     )
   return params
