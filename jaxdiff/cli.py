@@ -23,6 +23,13 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --classifier=DIR, another run, gamma times the gradient of its log p(y|x), 1 by default; with --weak=DIR,
                a weaker model, gamma s + (1 - gamma) s_weak; --interval=0.2,5: where sigma / alpha is above the first
                and up to the second alone; --rescale=0.7: as much of the spread of the conditional prediction
+  edit         what the model makes of images: edit.png, a row for each, edit.npz; --input=PATH is an image, a folder of
+               them or an .npz file with x; --num=4 --seed=1, and those of sample but --gif. --task=inpaint --mask=PATH:
+               white is painted anew; =colorize: of what is grey; =superres: of smaller images; =deblur: what a Gaussian
+               of --blur=1 pixels has blurred; =sdedit: noised and sampled again, --strength=0.6 of the steps.
+               --degrade: the images are clean, to be degraded first (--factor=2 for superres); --noise=0.1 of what is
+               known, in [-1, 1]; --method=pigdm, reconstruction, dps, projection or repaint; --resize: images are
+               cropped around the centre and resized by area averages, masks by the nearest pixel
   likelihood   evaluate held-out data: likelihood.json, likelihood.npz, likelihood.png, a table; stopped and started
                again it goes on after its last batch; short flags: --split=test --limit=100 --batch_size=24
                --solver=tsit5 --rtol=1e-5 --atol=1e-5 --probes=16 (or exact) --basis=auto --dequantization=uniform
@@ -40,14 +47,14 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
-The other commands take other settings only of their own sections, sampler, sample, guidance, likelihood, evaluate and
-other.
+The other commands take other settings only of their own sections, sampler, sample, guidance, edit, likelihood,
+evaluate and other.
 Several processes that all see DIR share a training, samples or a likelihood: start the same command on each with
 --distributed (on a TPU pod, GKE, Slurm or under Open MPI, where JAX finds them by itself), or with
 --coordinator=HOST:PORT --processes=N --process=I [--timeout=300] (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID in the environment). Launch files: experiments/tpu_pod, experiments/slurm, experiments/gpu_node.
 """
-COMMANDS = ("train", "sample", "likelihood", "evaluate", "import", "export", "data")
+COMMANDS = ("train", "sample", "edit", "likelihood", "evaluate", "import", "export", "data")
 
 
 def _avoid_miscompiled_reductions() -> None:

@@ -129,6 +129,8 @@ def edit(config: Config) -> EditSettings:
     raise ConfigError("--task=inpaint needs --mask=PATH, an image of the size of the input, white where to paint anew")
   if "factor" in section and not settings.degrade:
     raise ConfigError("config.edit.factor is of --degrade: without it the sizes of input and model say it")
+  if settings.resize and settings.task == "superres" and not settings.degrade:
+    raise ConfigError("--resize with --task=superres needs --degrade: what is to be enlarged says its size")
   if not 0 < settings.strength <= 1:
     raise ConfigError(f"config.edit.strength must be in (0, 1], the part of the steps to take; got {settings.strength}")
   if not 0 < settings.blur < float("inf"):

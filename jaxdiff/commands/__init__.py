@@ -1,5 +1,5 @@
-"""The commands, each from a checked config and the directory of the run: sample and evaluate here, train and likelihood
-beside; and the comparison of what was evaluated in several runs.
+"""The commands, each from a checked config and the directory of the run: sample and evaluate here, the others beside;
+and the comparison of what was evaluated in several runs.
 """
 
 import json
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxdiff import factory, options, parallel, rundir, schema, status
 from jaxdiff.commands import console, guiding
 from jaxdiff.commands.classifiers import accuracy
+from jaxdiff.commands.editing import edit as edit
 from jaxdiff.commands.likelihoods import likelihood as likelihood
 from jaxdiff.commands.training import train as train
 from jaxdiff.data.examples import Source
