@@ -48,13 +48,14 @@ def read(settings: EditSettings, shape: Shape, levels: int | None) -> Problem:
   own = _known(settings, read, shape)
   operator = _operator(settings, images, shape)
   whole = settings.degrade or settings.task in ("inpaint", "colorize")
-  y = np.asarray(operator.apply(jnp.asarray(images), **own)) if whole else images
+  arrays = {name: jnp.asarray(value) for name, value in own.items()}
+  y = np.asarray(operator.apply(jnp.asarray(images), **arrays)) if whole else images
   noise = settings.noise
   if noise is None:
     noise = _ROUNDING if settings.task == "deblur" else 0.0
   if settings.degrade and noise:
     y = y + noise * _noise(settings.seed, y.shape)
-    y = np.asarray(operator.restrict(jnp.asarray(y), **own))
+    y = np.asarray(operator.restrict(jnp.asarray(y), **arrays))
   columns = [images, _shown(y, shape)] if whole else [_shown(y, shape)]
   return Problem(columns, {"measurement": y, **own}, operator, noise)
 
