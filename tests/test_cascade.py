@@ -103,45 +103,45 @@ def told(x, t, *, label, small=None, level=None):
 
 
 def test_examples_are_their_own_and_all_calls_are_counted():
-  """Three stages under one program for all inputs and levels; alone, in a batch, in another order."""
+  """Three stages under one program for all inputs and levels; in another order; a broken example is named."""
   traces, calls = [], []
+  sampler = jd.samplers.reverse_sde(SDE, jd.time_grid(SDE, 3))
+  larger = lambda shape, s: editing.upsampler(SDE, sampler, shape, "small", "level", s)
+  chain = lambda s: editing.cascade([sampler, larger((2, 2, 1), s), larger((4, 4, 1), s)])
+
+  @jax.jit
+  def run(keys, x, label, s):
+    traces.append(1)
+    return chain(s)(keys, x, [told] * 3, {"label": label})
+
+  keys, label = jd.example_keys(KEY, 0, 3), jnp.asarray([0.0, jnp.nan, 1.0])
+  x_T = SDE.prior_sample(keys, (3, 1, 1, 1))
+  sample = run(keys, x_T, label, 0.3)
+  assert sample.x.shape == (3, 4, 4, 1)
+  assert sample.status.code.tolist() == [0, 2, 0]
+  assert sample.nfe.tolist() == [9] * 3
+  order = jnp.asarray([2, 0, 0])
+  np.testing.assert_allclose(run(keys[order], x_T[order], label[order], 0.3).x, sample.x[order], rtol=1e-6)
+  assert jnp.all(run(keys, x_T, label, 0.4).x[0] != sample.x[0])
+  assert len(traces) == 1
 
   def counted(x, t, **cond):
     jax.debug.callback(lambda _: calls.append(x.shape[1]), t[0])
     return told(x, t, **cond)
 
-  ts = jd.time_grid(SDE, 3)
-  sampler = jd.samplers.reverse_sde(SDE, ts)
-
-  def larger(shape, s, name):
-    return editing.upsampler(SDE, sampler, shape, "small", "level", s)
-
-  def stages(s):
-    return [sampler, larger((2, 2, 1), s, "small"), larger((4, 4, 1), s, "small")]
-
-  @jax.jit
-  def run(keys, x, label, s):
-    traces.append(1)
-    return editing.cascade(stages(s))(keys, x, [told] * 3, {"label": label})
-
-  keys, label = jd.example_keys(KEY, 0, 3), jnp.arange(3)
-  x_T = SDE.prior_sample(keys, (3, 1, 1, 1))
-  sample = run(keys, x_T, label, 0.3)
-  assert sample.x.shape == (3, 4, 4, 1)
-  order = jnp.asarray([2, 0, 0])
-  np.testing.assert_allclose(run(keys[order], x_T[order], label[order], 0.3).x, sample.x[order], rtol=1e-6)
-  assert jnp.all(jnp.any(run(keys, x_T, label, 0.4).x != sample.x, axis=(1, 2, 3)))
-  assert len(traces) == 1
-  alone = editing.cascade(stages(0.3))(keys[1:2], x_T[1:2], [counted] * 3, {"label": label[1:2]})
+  alone = jax.jit(lambda key, x, label: chain(0.3)(key, x, [counted] * 3, {"label": label}))
+  last = alone(keys[2:], x_T[2:], label[2:])
   jax.effects_barrier()
-  np.testing.assert_allclose(alone.x[0], sample.x[1], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(last.x[0], sample.x[2], rtol=1e-4, atol=1e-5)
   assert calls == [1] * 3 + [2] * 3 + [4] * 3
-  assert sample.nfe.tolist() == [9] * 3
-  broken = editing.cascade(stages(0.3))(keys, x_T, [told] * 3, {"label": jnp.asarray([0.0, jnp.nan, 1.0])})
-  assert broken.status.code.tolist() == [0, 2, 0]
-  first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-  one = editing.cascade([sampler])(KEY, x_T, [told], {"label": label})
-  np.testing.assert_array_equal(one.x, sampler(first, x_T, told, {"label": label}).x)
+  assert last.nfe.tolist() == [9]
+
+
+def test_a_cascade_of_one_stage_is_its_sampler():
+  sampler, x_T = jd.samplers.reverse_sde(SDE, jd.time_grid(SDE, 3)), jnp.ones((2, 3))
+  first = jax.vmap(jax.random.fold_in, (0, None))(jd.example_keys(KEY, 0, 2), 0)
+  one = editing.cascade([sampler])(KEY, x_T, [lambda x, t: -x])
+  np.testing.assert_array_equal(one.x, sampler(first, x_T, lambda x, t: -x).x)
 
 
 def test_bad_input_of_cascades_is_refused(untyped):

@@ -50,11 +50,11 @@ def test_it_solves_the_least_squares_of_all_windows(x64):
 
 def test_independent_pixels_have_their_exact_score_and_one_window_is_the_score_itself():
   x, t = jax.random.normal(KEY, (3, *CANVAS, 2)), jnp.asarray([0.1, 0.5, 1.0])
-  whole = score_of_pixels(x, t)
-  np.testing.assert_allclose(editing.panorama(score_of_pixels, CANVAS, WINDOW, STRIDE)(x, t), whole, rtol=2e-6)
-  np.testing.assert_allclose(editing.panorama(mixing, CANVAS, CANVAS, CANVAS)(x, t), mixing(x, t), rtol=1e-6)
+  whole, of = score_of_pixels(x, t), jax.jit(lambda score, x, t: score(x, t), static_argnums=0)
   column = editing.panorama(score_of_pixels, CANVAS, (5, 1), (1, 1))
-  np.testing.assert_allclose(column(x, t), whole, rtol=2e-6)
+  np.testing.assert_allclose(of(editing.panorama(score_of_pixels, CANVAS, WINDOW, STRIDE), x, t), whole, rtol=2e-6)
+  np.testing.assert_allclose(of(column, x, t), whole, rtol=2e-6)
+  np.testing.assert_allclose(of(editing.panorama(mixing, CANVAS, CANVAS, CANVAS), x, t), mixing(x, t), rtol=1e-5)
   assert column.evaluations(None) == 11
 
 
@@ -92,26 +92,36 @@ def test_conditions_go_with_the_windows():
   np.testing.assert_allclose(value, gain[:, None, None, None] * plain + image, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_samples_are_those_of_the_model_of_the_canvas(adaptive):
-  """By a sampler on a grid and an adaptive one, which takes examples one by one; every call is counted, all windows of
-  a step in one."""
+def test_samples_are_those_of_the_model_of_the_canvas():
+  """Every call is counted, of a score of two evaluations, and all windows of a step are in one."""
   sizes = []
 
-  class Counted:
+  class Guided:
     def __call__(self, x, t):
       jax.debug.callback(lambda _: sizes.append(len(x)), t[0])
       return score_of_pixels(x, t)
 
-  ts = jd.time_grid(SDE, 6)
-  sampler = jd.samplers.probability_flow(SDE, rtol=0.1, atol=0.1) if adaptive else jd.samplers.dpm_solver_pp(SDE, ts)
-  count = 1 if adaptive else 3
-  x_T = SDE.prior_sample(KEY, (count, *CANVAS, 2))
-  sample = sampler(KEY, x_T, editing.panorama(Counted(), CANVAS, WINDOW, STRIDE))
+    def evaluations(self, times):
+      return 2
+
+  sampler = jd.samplers.dpm_solver_pp(SDE, jd.time_grid(SDE, 6))
+  x_T = SDE.prior_sample(KEY, (3, *CANVAS, 2))
+  sample = sampler(KEY, x_T, editing.panorama(Guided(), CANVAS, WINDOW, STRIDE))
   jax.effects_barrier()
-  assert set(sizes) == {count * COUNT}
-  assert sample.nfe.tolist() == [len(sizes) * COUNT] * count
+  assert sizes == [3 * COUNT] * 6
+  assert sample.nfe.tolist() == [6 * COUNT * 2] * 3
   np.testing.assert_allclose(sample.x, sampler(KEY, x_T, score_of_pixels).x, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adaptive_sampler_takes_the_same_steps():
+  """It asks for the score of one canvas at a time."""
+  sampler = jax.jit(jd.samplers.probability_flow(SDE, rtol=0.1, atol=0.1), static_argnums=2)
+  x_T = SDE.prior_sample(KEY, (2, *CANVAS, 2))
+  sample, whole = (
+    sampler(KEY, x_T, score) for score in (editing.panorama(score_of_pixels, CANVAS, WINDOW, STRIDE), score_of_pixels)
+  )
+  np.testing.assert_allclose(sample.x, whole.x, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(sample.nfe, COUNT * whole.nfe)
 
 
 def test_it_passes_through_jit_and_examples_are_their_own():

@@ -5,9 +5,9 @@ With W_i x the i-th window of the canvas x, and s the score (or denoiser) of ima
     s(x) = argmin_v sum_i |W_i v - s(W_i x)|^2 = (sum_i W_i^T W_i)^-1 sum_i W_i^T s(W_i x)                           (1)
 
 and W_i^T W_i marks the pixels of window i: every pixel has the mean over the windows that cover it. MultiDiffusion
-fuses so the results of a step; the steps of samplers are affine in the score, so that to fuse the scores is the same,
-for every sampler. It is the score of the canvas where pixels are independent; else neighbouring windows agree on what
-they share, and nothing says how far parts of the canvas fit that share none.
+fuses so what a step of DDIM makes of each window; the step is affine in the score, so that to fuse the scores is the
+same, and goes with every sampler. Where pixels are independent it is the score of the canvas; else neighbouring windows
+agree on what they share, and nothing makes parts of the canvas fit that share no window.
 
 References:
   Bar-Tal et al. 2023, MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation, Section 3, eq. 3 and 5,

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from jaxdiff import checks, keys
 from jaxdiff.editing.solves import check_downwards
 from jaxdiff.samplers.fixed_grid import FixedGrid
-from jaxdiff.sde import perturb
+from jaxdiff.sde import ScalarSDE, perturb
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, ScoreFn, State, Status
 
 
@@ -68,7 +68,8 @@ def sdedit(sampler: FixedGrid, repeats: int = 1) -> Callable[..., Sample]:
 
   Raises:
     ValueError: for repeats below 1, a sampler whose times rise; when called, as the sampler does.
-    TypeError: for a sampler without a grid of times, repeats that are no integer.
+    TypeError: for a sampler without a grid of times or of a process without scalar marginals, repeats that are no
+      integer.
 
   Example:
     >>> import jax, jaxdiff as jd
@@ -85,6 +86,8 @@ def sdedit(sampler: FixedGrid, repeats: int = 1) -> Callable[..., Sample]:
       "sampler must be one on a grid of times, such as samplers.reverse_sde(sde, ts), which starts from the noise of "
       f"ts[0]; got {type(sampler).__name__}"
     )
+  sde: Any = sampler.sde
+  checks.made("sampler.sde", sde, ScalarSDE)
   checks.whole("repeats", repeats, 1, "how many times the image is noised and sampled")
 
   def edit(key: Keys, x0: State, score: ScoreFn, cond: Cond = NO_COND) -> Sample:
@@ -93,7 +96,7 @@ def sdedit(sampler: FixedGrid, repeats: int = 1) -> Callable[..., Sample]:
 
     def again(x: State, i: Array) -> tuple[State, Sample]:
       noise_key, path_key = keys.split(keys.fold_in(example, i))
-      x_t, _ = perturb(noise_key, x, sampler.ts[0], sampler.sde)
+      x_t, _ = perturb(noise_key, x, sampler.ts[0], sde)
       sample = sampler(path_key, x_t, score, cond)
       return sample.x, sample
 
