@@ -181,14 +181,14 @@ BAD_GUIDANCE = [
   ("labels", "--guidance=2 --rescale=2", "config.guidance.rescale must be in [0, 1], got 2"),
   ("labels", "--classifier={}/nothing", "nothing is no directory of a run: it has no config.json"),
   ("labels", "--classifier={}/plain", "holds a Exact, which is no classifier"),
-  ("labels", "--classifier={}/cosine", "is of another process: config.sde.type was 'CosineVP', is 'VP'"),
+  ("labels", "--classifier={}/cosine", "of another process: config.sde.type was 'CosineVP', is 'VP' in the model"),
   ("labels", "--classifier={}/elsewhere", "was trained on other data: data.name was"),
   ("labels", "--classifier={}/classifier --label=3", "config.sample.label = 3 is no class of the model: take 0 to 2"),
   ("labels", "--classifier={}/classifier --interval=1,2 --guidance=2", "are of guidance without a classifier"),
   ("labels", "--classifier={0}/classifier --weak={0}/plain --guidance=2", "are two ways of guidance"),
   ("labels", "--weak={}/weak_elsewhere --guidance=2", "was trained on other data: data.name was"),
   ("labels", "--weak={}/classifier --guidance=2", "holds a classifier: take a run of a weaker model"),
-  ("labels", "--weak={}/four --guidance=2", "is told label as {'type': 'label', 'classes': 4}, the model {'type'"),
+  ("labels", "--weak={}/four --guidance=2", "is told label as {'type': 'label', 'classes': 4}, the model"),
   ("plain", "--weak={}/labels --guidance=2", "the model is not: take a run with the same config.network.conditions"),
   ("labels", "--guidance=2 --weak={}/plain --rescale=0.5", "config.guidance.rescale is of guidance by the model's own"),
   ("classifier", "--label=1", "sample is for models that generate, and config.network.type = 'Classifier'"),
@@ -255,3 +255,38 @@ def test_parameters_of_both_runs_are_arguments(folder):
 
 def arguments_of(workdir, **sections):
   return factory.read(workdir / "config.json") | sections
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_led_to_its_classes(tmp_path, capsys):
+  """Two moons by a small network, from the command line alone: more guidance, more of the class."""
+  config = {
+    "seed": 0,
+    "data": {"type": "toy2d", "name": "moons", "size": 2000},
+    "sde": {"type": "VP"},
+    "prediction": {"type": "edm", "sigma_data": 1.0},
+    "loss": {"type": "denoising"},
+    "network": {"type": "MLP", "width": 64, "depth": 2, "conditions": {"label": {"type": "label", "classes": 2}}},
+    "optimizer": {"learning_rate": 5e-3, "warmup_steps": 10},
+    "train": {"batch_size": 256, "steps": 600, "drop_conditions": 0.2, "ema_decay": 0.98, "sample_every": 600},
+    "sampler": {"type": "dpm_solver_pp", "grid": {"steps": 20}},
+    "sample": {"num": 256, "batch_size": 256, "label": 1},
+    "likelihood": {"rtol": 0.1, "atol": 0.1},
+  }
+  file, workdir = tmp_path / "moons.py", tmp_path / "run"
+  file.write_text(f"def get_config():\n  return {config!r}\n")
+  cli.main(["train", f"--config={file}", f"--workdir={workdir}"])
+  source = factory.make_source(config, "test")
+  batch = source.gather(np.arange(len(source)))
+  means = np.stack([batch["x"][batch["label"] == label].mean(axis=0) for label in (0, 1)])
+  along = lambda x: float(
+    ((x - means.mean(axis=0)) @ (means[1] - means[0])).mean() / np.sum((means[1] - means[0]) ** 2)
+  )
+  draw = lambda *flags: sample(workdir, *flags)
+  plain, strong = draw("--guidance=1"), draw("--guidance=3")
+  assert along(plain["x"]) == pytest.approx(0.5, abs=0.1)
+  assert along(strong["x"]) > along(plain["x"]) + 0.1
+  assert along(draw("--label=0")["x"]) == pytest.approx(-0.5, abs=0.1)
+  assert set(plain["nfe"]) == {20}
+  assert set(strong["nfe"]) == {40}
+  assert (workdir / "samples" / "00000600.png").exists()
