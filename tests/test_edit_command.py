@@ -139,14 +139,14 @@ def test_restored_images_measure_what_was_given(folder, flags, columns):
 
 def test_sdedit_keeps_what_the_noise_does_not_hide(folder, capsys):
   """At a small strength near the input; at the whole a sample, whatever the input was."""
-  flags = ["--task=sdedit", f"--input={folder / 'clean.png'}", "--label=0", "--num=8"]
-  near, _ = edit(folder / "labels", *flags, "--strength=0.25")
+  flags = ["--task=sdedit", "--label=0", "--num=8"]
+  near, _ = edit(folder / "labels", *flags, f"--input={folder / 'several'}", "--strength=0.25")
   assert "noised to sigma / alpha = " in capsys.readouterr().err
-  whole, picture = edit(folder / "labels", *flags, "--strength=1")
+  whole, picture = edit(folder / "labels", *flags, f"--input={folder / 'clean.png'}", "--strength=1")
   distance = lambda written: np.abs(written["x"] - written["input"][:, None]).mean()
   assert 0 < distance(near) < 0.1 < 1 < distance(whole)
   np.testing.assert_allclose(whole["x"].mean(), MEANS[0], atol=5 * SPREAD / np.sqrt(8 * 96))
-  assert near["nfe"].tolist() == [[4] * 8]
+  assert near["nfe"].tolist() == [[4] * 8] * 2
   assert whole["nfe"].tolist() == [[13] * 8]
   assert sorted(near) == ["input", "label", "nfe", "x"]
   np.testing.assert_array_equal(tiles(picture, 9)[0, 0], np.asarray(Image.open(folder / "clean.png")))
@@ -264,6 +264,7 @@ def test_arrays_and_images_are_read_as_the_model_sees_them(tmp_path):
   Image.fromarray(pixels).save(tmp_path / "image.png")
   (read,) = inputs.read_inputs(tmp_path / "image.png", 1, 256)
   np.testing.assert_array_equal(to_uint8(jnp.asarray(read.image))[..., 0], pixels)
+  np.testing.assert_allclose(read.image.ravel()[[0, -1]], [-255 / 256, 255 / 256])  # the centres of the outer levels
   seen = Image.fromarray(np.dstack([pixels] * 3 + [np.zeros_like(pixels)]), "RGBA")
   seen.save(tmp_path / "clear.png")
   assert (inputs.read_inputs(tmp_path / "clear.png", 3, 256)[0].image > 0.99).all()  # on white
