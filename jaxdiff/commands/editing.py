@@ -84,9 +84,10 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
       "another one, such as --sampler=dpm_solver_pp --steps=50"
     )
   ts = editing.lower_part(schema.component("sampler.grid", section.get("grid", {}), sde=process), settings.strength)
-  editor = schema.construct(editing.sdedit, {}, "edit", sampler=factory.make_sampler(config, process, ts=ts))
-  level = float(np.exp(-0.5 * sde.log_snr(process, ts[0])))
-  console.say(f"noised to sigma / alpha = {level:.3g}, {len(ts) - 1} steps from there")
+  sampler: Any = factory.make_sampler(config, process, ts=ts)
+  editor = schema.construct(editing.sdedit, {}, "edit", sampler=sampler)
+  level = float(np.exp(-0.5 * sde.log_snr(process, sampler.ts[0])))
+  console.say(f"noised to sigma / alpha = {level:.3g}, {len(sampler.ts) - 1} steps from there")
 
   def run(key: Any, x_T: Any, score: Any, cond: Any) -> Any:
     return editor(key, cond["input"], score, {name: value for name, value in cond.items() if name != "input"})
