@@ -205,7 +205,8 @@ def test_training_noises_an_image_by_the_level_that_it_tells():
   for half in (level < most / 2, level >= most / 2):
     assert abs(noise[half].std() - 1) < 4.5 / (2 * noise[half].size) ** 0.5
   inner = jax.vmap(jax.random.normal)(jd.example_keys(seen["key"], 0, count))
-  assert abs(np.corrcoef(inner, noise[:, 0, 0, 0])[0, 1]) < 4.5 / count**0.5  # the loss draws from another key
+  for other in (level, inner):  # each from a key of its own
+    assert abs(np.corrcoef(other, noise[:, 0, 0, 0])[0, 1]) < 4.5 / count**0.5
 
 
 def test_the_noise_of_an_example_is_its_own():
@@ -214,6 +215,23 @@ def test_the_noise_of_an_example_is_its_own():
   part = seen_by({"small": small[:2]}, key=keys[3:], count=2)["cond"]
   for name in ("small", "level"):
     np.testing.assert_allclose(part[name], whole[name][3:], rtol=1e-6)
+
+
+def test_two_images_are_noised_independently():
+  """One loss around the other: each draws from a key of its own."""
+  inner = lambda key, x0, network, cond, u=None: (jnp.zeros(len(x0)), {"noised": jnp.ravel(cond["far"])})
+  loss = jd.losses.noised_condition(inner, "far", "other", 0.6)
+  seen = {}
+
+  def between(key, x0, network, cond, u=None):
+    value, aux = loss(key, x0, network, cond, u)
+    seen["other"] = aux.pop("level")
+    return value, aux
+
+  cond = {"near": jnp.zeros((500, 1)), "far": jnp.zeros((500, 1))}
+  for key in (KEY, jd.example_keys(KEY, 0, 500)):
+    _, aux = jd.losses.noised_condition(between, "near", "level", 0.6)(key, jnp.zeros((500, 2)), told, cond)
+    assert abs(np.corrcoef(aux["level"], seen["other"])[0, 1]) < 4.5 / 500**0.5
 
 
 def test_bad_input_of_noised_conditions_is_refused(untyped):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxdiff as jd
@@ -291,6 +292,51 @@ def test_super_resolution_of_a_config_is_trained_on_noised_images(config):
   assert 0 < dropped.sum() < 24
   np.testing.assert_array_equal(jnp.isnan(cond["level"]), dropped)
   np.testing.assert_array_equal(jnp.all(cond["small"] == 0, axis=(1, 2, 3)), dropped)
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_network_trained_on_noised_images_trusts_them_as_far_as_their_level(config):
+  """Images of one brightness z ~ N(0, 1), and z itself noised: E[z | x_t, z_s, s] weighs both by their precision."""
+  conditions = {
+    "small": {"type": "downsampled", "channels": 1},
+    "level": {"type": "noise_level", "image": "small", "most": 0.9},
+  }
+  t, batch_size, steps = 0.5, 256, 1500
+  config = with_conditions(config, **conditions) | {
+    "train": {"batch_size": batch_size},
+    "prediction": {"type": "data"},
+    "loss": {"type": "denoising", "time": {"type": "fixed", "t": t}},
+  }
+  config["network"] = config["network"] | {"width": 64, "depth": 2}
+  brightness = np.random.default_rng(0).normal(size=(4096, 1, 1, 1)).astype(np.float32)
+  source = from_arrays(np.broadcast_to(brightness, (4096, 2, 2, 1)).copy())
+  objective, tx = objectives.make_objective(config, source), optax.adam(optax.linear_schedule(5e-3, 0.0, steps))
+
+  def step(state, i):
+    params, opt = state
+    keys = jd.example_keys(jax.random.fold_in(KEY, i), 0, batch_size)
+    rows = jax.random.randint(jax.random.fold_in(jax.random.key(1), i), (batch_size,), 0, 4096)
+    batch = {"x": jnp.asarray(source.examples.arrays["x"])[rows], "u": jnp.zeros(batch_size)}
+    grads = jax.grad(lambda params: jnp.mean(objective(params, keys, batch)[0]))(params)
+    updates, opt = tx.update(grads, opt)
+    return (optax.apply_updates(params, updates), opt), None
+
+  params = factory.init_params(config, source)
+  (params, _), _ = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(steps)))((params, tx.init(params)))
+  process, count = jd.VP(), 2000
+  alpha, sigma = (float(value) for value in process.marginal(t))
+  z, z_noise = np.random.default_rng(1).normal(size=(2, count, 1, 1, 1)).astype(np.float32)
+  x_t = alpha * z + sigma * np.random.default_rng(2).normal(size=(count, 2, 2, 1)).astype(np.float32)
+  for s in (0.1, 0.4, 0.8):
+    c = np.sqrt(1 - s**2)
+    small = c * z + s * z_noise
+    of_x, of_small = 4 * alpha**2 / sigma**2, c**2 / s**2
+    exact = (of_x * x_t.mean((1, 2, 3), keepdims=True) / alpha + of_small * small / c) / (1 + of_x + of_small)
+    told = {"small": jnp.asarray(small), "level": jnp.full(count, s, jnp.float32)}
+    made = factory.make_score(config)(params).denoised(jnp.asarray(x_t), t, **told)
+    assert float(np.sqrt(np.mean((made - exact) ** 2))) < 0.1
+    assert float(np.sqrt(np.mean((made - small / c) ** 2))) > (0.0 if s < 0.3 else 0.2)
 
 
 @pytest.mark.parametrize(

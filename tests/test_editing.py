@@ -246,3 +246,28 @@ def test_bad_input_of_exchange_and_interpolation_is_refused(untyped):
     between(KEY, x, x[:1], jnp.zeros(1), score)
   with pytest.raises(ValueError, match=r"fractions must be a vector \[n\], got shape \(\)"):
     between(KEY, x, x, 0.5, score)
+
+
+@pytest.mark.parametrize("chain", [jd.ddpm.Chain(jd.ddpm.linear_betas()), jd.ncsn.Chain(jd.ncsn.geometric_sigmas(20))])
+def test_sdedit_walks_the_lower_part_of_a_chain_to_its_data(chain):
+  """From a level that hides the image the samples are the data's: of one point, exactly that point."""
+  center = jnp.asarray([[0.5, -0.2]])
+
+  def of_point(x, t):
+    alpha, sigma = (value[:, None] for value in chain.sde().marginal(t))
+    return (alpha * center - x) / sigma**2
+
+  steps = editing.lower_part(np.linspace(chain.steps, 0, 11).astype(int), 0.8)
+  sample = editing.sdedit(jd.samplers.ancestral(chain, steps))(KEY, jnp.ones((3, 2)), of_point)
+  np.testing.assert_allclose(sample.x, jnp.broadcast_to(center, (3, 2)), atol=1e-5)
+  assert sample.nfe.tolist() == [8] * 3
+
+
+def test_sdedit_needs_the_marginals_of_the_process(untyped):
+  class Bare:
+    t1 = 1.0
+    drift = diffuse = prior_sample = prior_log_prob = lambda self, *_: None
+
+  sampler = jd.samplers.reverse_sde(Bare(), jnp.asarray([1.0, 0.5]))
+  with pytest.raises(TypeError, match=r"sampler.sde must be a ScalarSDE, got Bare, which lacks diffusion, marginal"):
+    editing.sdedit(sampler)

@@ -7,6 +7,7 @@ import pytest
 from oracles import SDES, Gaussian, labelled_mixture
 
 import jaxdiff as jd
+from jaxdiff.models import MLP, conditioning
 
 EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 DATA = labelled_mixture()
@@ -43,42 +44,37 @@ def unconditional(sde):
   return jd.guidance.without(jd.score_fn(noise, None, sde, jd.predictions.noise()), "label")
 
 
+def read(score, x, t, **cond):
+  """The score, its data prediction, and the data prediction by Tweedie's formula."""
+  value = score(x, t, **cond)
+  alpha, sigma = (v[:, None] for v in score.sde.marginal(t))
+  return value, score.denoised(x, t, **cond), (x + sigma**2 * value) / alpha
+
+
 def both(score, x, t, **cond):
-  """The score and its data prediction, and the data prediction by Tweedie's formula."""
-
-  def values(x, t, cond):
-    value = score(x, t, **cond)
-    alpha, sigma = (v[:, None] for v in score.sde.marginal(t))
-    return value, score.denoised(x, t, **cond), (x + sigma**2 * value) / alpha
-
-  return jax.jit(values)(x, t, cond)
+  return jax.jit(lambda x, t, cond: read(score, x, t, **cond))(x, t, cond)
 
 
 @EACH_SDE
-def test_classifier_guidance_at_scale_1_is_the_conditional_score(sde, x64):
-  x, t = points(sde)
-  score, data, tweedie = both(
-    jd.guidance.classifier(unconditional(sde), DATA.log_posterior(sde), 1.0), x, t, label=LABEL
-  )
-  same(score, DATA.conditional_score(sde)(x, t, LABEL))
-  same(data, DATA.conditional_denoised(sde, x, t, LABEL))
-  same(tweedie, data)
-
-
-@EACH_SDE
-def test_noise_and_score_forms_of_classifier_guidance_agree(sde, x64):
-  """eps - gamma sigma g, read as a noise prediction, is s + gamma g."""
-  (x, t), gamma, model = points(sde), 1.7, unconditional(sde)
-  log_prob = DATA.log_posterior(sde)
+def test_classifier_guidance_is_exact_in_the_score_and_the_noise_form(sde, x64):
+  """At scale 1 the conditional score; eps - gamma sigma g, read as a noise prediction, is s + gamma g."""
+  (x, t), gamma, model, log_prob = points(sde), 1.7, unconditional(sde), DATA.log_posterior(sde)
 
   def corrected(params, x, t, label):
     sigma = sde.marginal(t)[1][:, None]
     return model.score.apply(params, x, t) - gamma * sigma * jax.grad(lambda x: jnp.sum(log_prob(x, t, label)))(x)
 
-  by_noise = both(jd.score_fn(corrected, None, sde, jd.predictions.noise()), x, t, label=LABEL)
-  by_score = both(jd.guidance.classifier(model, log_prob, gamma), x, t, label=LABEL)
-  for found, exact in zip(by_score, by_noise, strict=True):
-    same(found, exact, 1e-9)
+  by_noise = jd.score_fn(corrected, None, sde, jd.predictions.noise())
+  scores = jd.guidance.classifier(model, log_prob, 1.0), jd.guidance.classifier(model, log_prob, gamma), by_noise
+  exact = lambda x, t: (DATA.conditional_score(sde)(x, t, LABEL), DATA.conditional_denoised(sde, x, t, LABEL))
+  (one, more, noise), (score, data) = jax.jit(
+    lambda x, t: ([read(score, x, t, label=LABEL) for score in scores], exact(x, t))
+  )(x, t)
+  same(one[0], score)
+  same(one[1], data)
+  same(one[2], data)
+  for found, expected in zip(more, noise, strict=True):
+    same(found, expected, 1e-9)
 
 
 @EACH_SDE
@@ -86,11 +82,12 @@ def test_classifier_free_guidance_is_the_score_of_the_tilted_density_at_every_ti
   (x, t), gamma = points(sde), 2.5
   guided = jd.guidance.classifier_free(noise_model(sde), NULL, scale=gamma)
   tilted = lambda x: jnp.sum(DATA.log_prob(x, sde, t) + gamma * DATA.log_posterior(sde)(x, t, LABEL))
-  score, data, tweedie = both(guided, x, t, label=LABEL)
-  same(score, jax.grad(tilted)(x))
-  same(
-    data, gamma * DATA.conditional_denoised(sde, x, t, LABEL) + (1 - gamma) * DATA.conditional_denoised(sde, x, t, ALL)
-  )
+  exact = lambda x, t: [jax.grad(tilted)(x)] + [DATA.conditional_denoised(sde, x, t, label) for label in (LABEL, ALL)]
+  (score, data, tweedie), (gradient, told, untold) = jax.jit(
+    lambda x, t: (read(guided, x, t, label=LABEL), exact(x, t))
+  )(x, t)
+  same(score, gradient)
+  same(data, gamma * told + (1 - gamma) * untold)
   same(tweedie, data)
 
 
@@ -277,9 +274,32 @@ def test_log_probability_is_that_of_the_softmax_at_the_label():
   assert jnp.isnan(found).tolist() == [False, False, True, True]
 
 
+def test_samples_of_labels_beyond_the_classes_fail():
+  """Not only log p is NaN but its gradient, which is all that guidance sees."""
+  log_prob = jd.guidance.log_probability(lambda params, x, t: x, None)
+  guided = jd.guidance.classifier(jd.guidance.without(lambda x, t: -x, "label"), log_prob, 1.0)
+  found = guided(jnp.ones((3, 2)), 0.5, label=jnp.asarray([0, 2, -1]))
+  assert jnp.isnan(found).tolist() == [[False, False], [True, True], [True, True]]
+
+
 def test_a_score_is_not_told_what_it_is_without():
   model = jd.guidance.without(noise_model(jd.VP()), "caption", "mask")
   x, cond = jnp.ones((2, 2)), {"label": LABEL[:2], "caption": jnp.ones(2)}
   np.testing.assert_array_equal(model.denoised(x, 0.5, **cond), noise_model(jd.VP()).denoised(x, 0.5, label=LABEL[:2]))
   assert model.sde is model.score.sde
   assert jd.guidance.without(lambda x, t: x, "label").denoised is None
+
+
+@pytest.mark.standard_promotion
+def test_both_branches_of_a_linen_network_with_its_own_null():
+  """One call of batch 2 b gives what two calls of batch b give; a label beyond its classes is NaN."""
+  conditions = {"label": conditioning.Label(3), "size": conditioning.Scalar()}
+  network, sde = MLP(16, 1, conditions=conditions), jd.VP()
+  x, cond = jnp.ones((4, 2)), {"label": jnp.asarray([0, 1, 2, 4]), "size": jnp.asarray([0.1, 0.2, jnp.nan, 0.4])}
+  params = network.init(jax.random.key(0), x, jnp.ones(4), **cond)
+  score = jd.score_fn(network.apply, params, sde, jd.predictions.noise())
+  null = conditioning.null(conditions)
+  found = jd.guidance.classifier_free(score, null, 2.0)(x, 0.5, **cond)
+  untold = score(x, 0.5, label=jnp.full(4, 3), size=jnp.full(4, jnp.nan))
+  np.testing.assert_allclose(found[:3], (2 * score(x, 0.5, **cond) - untold)[:3], rtol=1e-4, atol=1e-5)
+  assert jnp.all(jnp.isnan(found[3]))

@@ -117,11 +117,10 @@ class Gaussian:
     self.covariance, self.mean, self.shape = np.asarray(covariance, float), np.asarray(mean, float), shape
 
   def score_at(self, sde, x, t):
-    alpha, sigma = sde.marginal(t)
-    covariance, mean = jnp.asarray(self.covariance), jnp.asarray(self.mean)
-    total = alpha[:, None, None] ** 2 * covariance[None] + sigma[:, None, None] ** 2 * jnp.eye(len(self.mean))[None]
-    away = x.reshape(len(x), -1) - alpha[:, None] * mean[None]
-    return -jnp.linalg.solve(total, away[..., None])[..., 0].reshape(x.shape)
+    alpha, sigma = (v[:, None] for v in sde.marginal(t))
+    variances, axes = np.linalg.eigh(self.covariance)
+    away = x.reshape(len(x), -1) - alpha * jnp.asarray(self.mean)[None]
+    return -(away @ axes / (alpha**2 * jnp.asarray(variances)[None] + sigma**2) @ axes.T).reshape(x.shape)
 
   def score(self, sde):
     return jd.score_fn(lambda params, x, t: self.score_at(sde, x, t), (), sde, jd.predictions.score())

@@ -136,8 +136,7 @@ def adaptive_sde(
     carry = _Carry(x_T, x_T, path(t), t, batch_time(first, x_T), zero, zero)
     carry = jax.lax.while_loop(lambda carry: jnp.any(running(carry)), step, carry)
     x = field.denoised(carry.x, batch_time(end, carry.x)) if denoise else carry.x
-    sample = _report(carry._replace(x=x), carry.t <= end, max_steps, int(denoise))
-    return sample._replace(nfe=sample.nfe * predictions.evaluations(score))
+    return _report(carry._replace(x=x), carry.t <= end, max_steps, int(denoise), predictions.evaluations(score))
 
   return sampler
 
@@ -149,10 +148,10 @@ def _brownian_path(keys: Key[Array, " b"], time: Array, x: State) -> State:
   return jax.vmap(lambda key, time: tree(key).evaluate(0.0, time))(keys, time)
 
 
-def _report(carry: _Carry, arrived: Array, max_steps: int, more: int) -> Sample:
+def _report(carry: _Carry, arrived: Array, max_steps: int, more: int, nfe_of_call: int | Array) -> Sample:
   tried = carry.accepted + carry.rejected
   stuck = jnp.where((tried >= max_steps) & (carry.accepted > 0), status.MAX_STEPS, status.NON_FINITE)
   code = jnp.where(arrived & finite(carry.x), status.SUCCESS, stuck)
   good = (code == status.SUCCESS).reshape(code.shape + (1,) * (carry.x.ndim - 1))
   x = jnp.where(good, carry.x, jnp.nan)
-  return Sample(x, 2 * tried + more, None, Status(code, carry.accepted, carry.rejected))
+  return Sample(x, (2 * tried + more) * nfe_of_call, None, Status(code, carry.accepted, carry.rejected))
