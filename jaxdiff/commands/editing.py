@@ -73,8 +73,8 @@ def _check_told(config: Config, plan: guiding.Plan) -> None:
 
 def _sampler(config: Config, settings: EditSettings, process: Any, problem: problems.Problem) -> Callable[..., Any]:
   """The sampler of the run, made to keep to what is known, or to start in its middle."""
+  sampler: Any = factory.make_sampler(config, process)
   if problem.operator is not None:
-    sampler = factory.make_sampler(config, process)
     given = {"sampler": sampler, "operator": problem.operator, "noise_std": problem.noise, "method": settings.method}
     return schema.construct(inverse.restoration, {}, "edit", sde=process, **given)
   section = config["sampler"]
@@ -84,7 +84,7 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
       "another one, such as --sampler=dpm_solver_pp --steps=50"
     )
   ts = editing.lower_part(schema.component("sampler.grid", section.get("grid", {}), sde=process), settings.strength)
-  sampler: Any = factory.make_sampler(config, process, ts=ts)
+  sampler = factory.make_sampler(config, process, ts=ts)
   editor = schema.construct(editing.sdedit, {}, "edit", sampler=sampler)
   level = float(np.exp(-0.5 * sde.log_snr(process, sampler.ts[0])))
   console.say(f"noised to sigma / alpha = {level:.3g}, {len(sampler.ts) - 1} steps from there")
