@@ -14,7 +14,16 @@ from ml_collections import ConfigDict
 from jaxdiff import factory, schema
 from jaxdiff.schema import Config, ConfigError
 
-_SAMPLE = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif"}
+_TOLD = {"--label": "sample.label", "--prompt": "sample.prompt", "--guidance": "guidance.scale"} | {
+  f"--{name}": f"guidance.{name}" for name in ("classifier", "weak", "interval", "rescale")
+}
+_SAMPLE = {"--sampler": "sampler.type", "--num": "sample.num", "--seed": "sample.seed", "--gif": "sample.gif", **_TOLD}
+_EDIT = {"--sampler": "sampler.type", **_TOLD} | {
+  f"--{name}": f"edit.{name}"
+  for name in (
+    *("task", "input", "mask", "method", "strength", "blur", "factor", "noise", "degrade", "resize", "num", "seed"),
+  )
+}
 _LIKELIHOOD = {
   f"--{name}": f"likelihood.{name}"
   for name in (
@@ -23,7 +32,7 @@ _LIKELIHOOD = {
   )
 }
 _LIKELIHOOD["--basis"] = "likelihood.divergence.basis"
-_SWITCHES = ("--gif", "--importance")
+_SWITCHES = ("--gif", "--importance", "--degrade", "--resize")
 _TRAIN = {"--launcher": "train.launcher", "--fsdp": "train.fsdp"}
 _STEPS = ("sampler.grid.steps", "sampler.steps")
 _TRACE = "likelihood.divergence"
@@ -105,8 +114,9 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
 
   Args:
     command: the command; for "likelihood" the short flags stand for fields of that section, and --other.field for those
-      of the section other; for "train" --launcher and --fsdp for those of train; for all others --sampler, --steps,
-      --num, --seed and --gif for fields of sampler and sample.
+      of the section other; for "train" --launcher and --fsdp for those of train; for all others --sampler and --steps
+      for those of sampler, --label, --prompt, --guidance and its kin for those of sample and guidance; for "edit" the
+      other ones for those of that section, else --num, --seed and --gif for those of sample.
     argv: what follows the command: --workdir=DIR, --config=FILE, --config.field=value; a space may replace the "=".
 
   Raises:
@@ -122,15 +132,16 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
   if file is None and not own.exists():
     raise ConfigError(f"{own} does not exist: train first, or give --config=FILE")
   config = factory.read(own) if file is None else load(Path(file).expanduser())
-  if command in ("sample", "likelihood") and schema.is_classifier(config):
+  if command in ("sample", "edit", "likelihood") and schema.is_classifier(config):
     raise ConfigError(
       f"{command} is for models that generate, and config.network.type = 'Classifier' says of which class an example "
       "is: take evaluate, or the --workdir of another run"
     )
   short = _short(command)
-  return override(
-    config, {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
-  ), workdir
+  texts = {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
+  if command == "likelihood" and any(path.split(".")[0] == "guidance" for path in texts):
+    raise ConfigError("config.guidance is of samples: the likelihood is that of the model without it, so leave it out")
+  return override(config, texts), workdir
 
 
 def transfer(command: str, argv: list[str]) -> tuple[Path, Path, dict[str, str]]:
@@ -171,7 +182,7 @@ def directories(argv: list[str]) -> list[Path]:
 
 
 def _short(command: str) -> dict[str, str]:
-  others: dict[str, dict[str, str]] = {"train": _TRAIN, "import": {"--preset": ""}, "export": {}}
+  others: dict[str, dict[str, str]] = {"train": _TRAIN, "edit": _EDIT, "import": {"--preset": ""}, "export": {}}
   return {"likelihood": _LIKELIHOOD, **others}.get(command, _SAMPLE)
 
 
@@ -228,7 +239,7 @@ def _line(error: Exception, file: Path) -> str:
 
 
 def override(config: Config, texts: Mapping[str, str]) -> Config:
-  """A config with fields set, the types of components first; paths of data are made absolute.
+  """A config with fields set, the types of components first; paths are made absolute.
 
   A field that belongs to the former type of a component alone is dropped, with a line on standard error.
 
@@ -245,7 +256,7 @@ def override(config: Config, texts: Mapping[str, str]) -> Config:
   for path in sorted(texts, key=lambda path: (not path.endswith(".type"), path.count("."))):
     _set(config, _steps(config) if path == "--steps" else path, texts[path])
   schema.check_sections(config)
-  for section in ("data", "other"):
+  for section in ("data", "other", "guidance", "edit"):
     fields = config.get(section, {})
     for name in schema.paths(section, fields) if fields else ():
       if (value := fields.get(name)) is not None:

@@ -17,15 +17,28 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   train        train, or continue from the newest checkpoint in DIR; short flags: --launcher=jit (or pmap) --fsdp=4
                (so many devices share one copy of the state) --profile=100:110 (trace these steps into DIR/profile)
   sample       draw samples: samples.png, samples.npz, denoising.png; short flags: --sampler=dpm_solver_pp --steps=20
-               --num=64 --seed=1 --gif (denoising.gif)
+               --num=64 --seed=1 --gif (denoising.gif); of models that are told something: --label=3, --label=0,1,2
+               (sample k has label k mod 3), --prompt="a red car"; else what the examples of the split are told.
+               --guidance=2: gamma s(x|y) + (1 - gamma) s(x), 1 is the conditional model without guidance; with
+               --classifier=DIR, another run, gamma times the gradient of its log p(y|x), 1 by default; with --weak=DIR,
+               a weaker model, gamma s + (1 - gamma) s_weak; --interval=0.2,5: where sigma / alpha is above the first
+               and up to the second alone; --rescale=0.7: as much of the spread of the conditional prediction
+  edit         what the model makes of images: edit.png, a row for each, edit.npz; --input=PATH is an image, a folder of
+               them or an .npz file with x; --num=4 --seed=1, and those of sample but --gif. --task=inpaint --mask=PATH:
+               white is painted anew; =colorize: of what is grey; =superres: of smaller images; =deblur: what a Gaussian
+               of --blur=1 pixels has blurred; =sdedit: noised and sampled again, --strength=0.6 of the steps.
+               --degrade: the images are clean, to be degraded first (--factor=2 for superres); --noise=0.1 of what is
+               known, in [-1, 1]; --method=pigdm, reconstruction, dps, projection or repaint; --resize: images are
+               cropped around the centre and resized by area averages, masks by the nearest pixel
   likelihood   evaluate held-out data: likelihood.json, likelihood.npz, likelihood.png, a table; stopped and started
                again it goes on after its last batch; short flags: --split=test --limit=100 --batch_size=24
                --solver=tsit5 --rtol=1e-5 --atol=1e-5 --probes=16 (or exact) --basis=auto --dequantization=uniform
                --draws=8 --importance --dtype=float64 --variable=log_snr --steps=shared --seed=1;
                --other.type=npz --other.path=FILE: other data under the model, beside them (likelihood_other.*)
   likelihood --compare=DIR,DIR   what was evaluated in these runs, paired on the same examples: one table
-  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table; of a classifier, how often it
-               is right at which noise: accuracy.json, accuracy.png, a table
+  evaluate     measure samples against the data: evaluation.json, neighbours.png, a table; the flags of sample for
+               what they are told and led by; of a classifier, how often it is right at which noise: accuracy.json,
+               accuracy.png, a table
   import PATH  a run directory of a published network, in which sample and likelihood work: of the safetensors and
                config.json of diffusers' UNet2DModel (a file, a folder or a pipeline), of an export, or of a checkpoint
                of score-SDE in JAX (--preset=ncsnpp_cifar10_ve); the data are named now or when they are needed, by
@@ -34,13 +47,14 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
   data         prepare data sets that need not fit in memory: jaxdiff data --help
 
 --config is a Python file with get_config(), such as configs/digits.py; without it the run's own config in DIR is used.
-The other commands take other settings only of their own sections, sampler, sample, likelihood, evaluate and other.
+The other commands take other settings only of their own sections, sampler, sample, guidance, edit, likelihood,
+evaluate and other.
 Several processes that all see DIR share a training, samples or a likelihood: start the same command on each with
 --distributed (on a TPU pod, GKE, Slurm or under Open MPI, where JAX finds them by itself), or with
 --coordinator=HOST:PORT --processes=N --process=I [--timeout=300] (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID in the environment). Launch files: experiments/tpu_pod, experiments/slurm, experiments/gpu_node.
 """
-COMMANDS = ("train", "sample", "likelihood", "evaluate", "import", "export", "data")
+COMMANDS = ("train", "sample", "edit", "likelihood", "evaluate", "import", "export", "data")
 
 
 def _avoid_miscompiled_reductions() -> None:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -212,12 +213,17 @@ def _scaled(value: jax.Array) -> jax.Array:
   return value / 127.5 - 1 if value.dtype == jnp.uint8 and value.ndim == 4 else value
 
 
-def make_given(config: Config, split: str) -> Given | None:
-  """The examples of a split whose conditions samples are given, where the network has conditions."""
-  if not make_conditions(config):
+def make_given(config: Config, split: str, stated: Mapping[str, np.ndarray] = MappingProxyType({})) -> Given | None:
+  """What samples are told, where anything: the conditions of the examples of a split, but for those that are stated."""
+  conditions = make_conditions(config).keys()
+  if not (conditions or stated):
     return None
+  of_stated = lambda batch: {name: batch[name] for name in stated}
+  if conditions <= stated.keys():
+    return Given(None, of_stated, stated)
   source = make_source(config, split)
-  return Given(source, make_cond(config, source))
+  of_examples = make_cond(config, source)
+  return Given(source, lambda batch: {**of_examples(batch), **of_stated(batch)}, stated)
 
 
 def check_conditions(config: Config, source: Source) -> None:
@@ -328,7 +334,7 @@ def _make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergenc
 
 
 def make_sampler(config: Config, process: Any, **more: Any) -> Callable[..., Any]:
-  """The sampler, on its time grid if it has one; `more` are arguments that the config does not have."""
+  """The sampler, on its time grid if it has one; `more` are arguments in the place of its own."""
   section = config["sampler"]
   (constructor,) = schema.constructors("sampler", section)
   if section.get("variance") == "learned" and getattr(make_network(config), "parts", 1) != 2:
@@ -343,7 +349,7 @@ def make_sampler(config: Config, process: Any, **more: Any) -> Callable[..., Any
     given["forward"] = forward if hasattr(forward, "sde") else process
   if "grid" in schema.subsections("sampler", section):
     given["ts"] = schema.component("sampler.grid", section.get("grid", {}), sde=process)
-  return schema.component("sampler", section, **given, **more)
+  return schema.component("sampler", section, **{**given, **more})
 
 
 def has_path(config: Config) -> bool:
@@ -385,8 +391,8 @@ def check_components(config: Config) -> None:
   if not classifier:
     _check_flow(config)
   process = make_process(config)
-  settings = (options.train, options.evaluate, *(() if classifier else (options.sample, options.likelihood)))
-  for build in (make_network, make_optimizer_of, *settings):
+  generative = () if classifier else (options.sample, options.guidance, options.likelihood)
+  for build in (make_network, make_optimizer_of, options.train, options.evaluate, *generative):
     build(config)
   if classifier:
     return

@@ -15,7 +15,16 @@ import numpy as np
 
 from jaxdiff import schema
 from jaxdiff.data.examples import SPLITS, check_choice
-from jaxdiff.schema import Config, ConfigError, EvaluateSettings, LikelihoodSettings, SampleSettings, TrainSettings
+from jaxdiff.schema import (
+  Config,
+  ConfigError,
+  EditSettings,
+  EvaluateSettings,
+  GuidanceSettings,
+  LikelihoodSettings,
+  SampleSettings,
+  TrainSettings,
+)
 from jaxdiff.training import ema
 
 
@@ -74,6 +83,63 @@ def sample(config: Config) -> SampleSettings:
   check_seed("sample.seed", settings.seed)
   _check_split(config, "sample", settings.split)
   _check_length("sample", settings.ema_length)
+  return settings
+
+
+def guidance(config: Config) -> GuidanceSettings:
+  """The section `guidance`, which a config may leave out, its numbers in range and all of them of use."""
+  settings = schema.component("guidance", config.get("guidance", {}))
+  scale, interval = settings.scale, settings.interval
+  if scale is not None and not 0 <= scale < float("inf"):
+    raise ConfigError(
+      f"config.guidance.scale must be at least 0, got {scale}: 1 is the conditional model, more is more guidance"
+    )
+  if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+    raise ConfigError(
+      f"config.guidance.interval must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH; got {interval}"
+    )
+  if not 0 <= settings.rescale <= 1:
+    raise ConfigError(f"config.guidance.rescale must be in [0, 1], got {settings.rescale}")
+  if settings.classifier is not None and settings.weak is not None:
+    raise ConfigError("config.guidance.classifier and weak are two ways of guidance: leave one of them out")
+  if settings.classifier is not None and (interval or settings.rescale):
+    raise ConfigError(
+      "config.guidance.interval and rescale are of guidance without a classifier: leave them or the classifier out"
+    )
+  if settings.weak is not None and settings.rescale:
+    raise ConfigError("config.guidance.rescale is of guidance by the model's own conditions: leave it or weak out")
+  if scale is None and (found := [name for name in ("weak", "interval", "rescale") if getattr(settings, name)]):
+    raise ConfigError(f"config.guidance.{found[0]} needs a scale, such as --guidance=2 (1 is no guidance)")
+  return settings
+
+
+_OF_TASK = {"mask": "inpaint", "blur": "deblur", "factor": "superres", "strength": "sdedit"}
+
+
+def edit(config: Config) -> EditSettings:
+  """The section `edit`, its numbers in range and all that is given of use to the task."""
+  section = config.get("edit", {})
+  settings = schema.component("edit", section)
+  for name, task in _OF_TASK.items():
+    if section.get(name) is not None and settings.task != task:
+      raise ConfigError(f"config.edit.{name} is of --task={task}, and this is {settings.task}: leave it out")
+  if settings.task == "sdedit" and (of_others := [name for name in ("method", "noise", "degrade") if name in section]):
+    raise ConfigError(f"config.edit.{of_others[0]} is of tasks with a measurement, and sdedit has none: leave it out")
+  if settings.task == "inpaint" and settings.mask is None:
+    raise ConfigError("--task=inpaint needs --mask=PATH, an image of the size of the input, white where to paint anew")
+  if "factor" in section and not settings.degrade:
+    raise ConfigError("config.edit.factor is of --degrade: without it the sizes of input and model say it")
+  if settings.resize and settings.task == "superres" and not settings.degrade:
+    raise ConfigError("--resize with --task=superres needs --degrade: what is to be enlarged says its size")
+  if not 0 < settings.strength <= 1:
+    raise ConfigError(f"config.edit.strength must be in (0, 1], the part of the steps to take; got {settings.strength}")
+  if not 0 < settings.blur < float("inf"):
+    raise ConfigError(f"config.edit.blur must be positive, a standard deviation in pixels; got {settings.blur}")
+  if settings.noise is not None and not 0 <= settings.noise < float("inf"):
+    raise ConfigError(f"config.edit.noise must be at least 0, a standard deviation in [-1, 1]; got {settings.noise}")
+  _at_least("edit", settings, 1, "num")
+  _at_least("edit", settings, 2, "factor")
+  check_seed("edit.seed", settings.seed)
   return settings
 
 

@@ -83,15 +83,7 @@ def load(workdir: Path, config: Config, ema_length: float | None = None) -> tupl
   if unused := factory.differences(then, given):
     print(f"jaxdiff: the run is trained, so without effect: {'; '.join(unused)}", file=sys.stderr)
   source = factory.make_source(config, "train")
-  now = factory.normalize(pipeline.fingerprint(source, 1, 0))
-  _check_same_model(
-    workdir,
-    [
-      text
-      for name in (_ABSENT_DATA if imported else _DATA)
-      for text in factory.differences(trained["data"][name], now[name], f"data.{name}")
-    ],
-  )
+  _check_same_model(workdir, _differences_of_data(trained["data"], _facts_of_data(source), imported))
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
   everywhere = parallel.replicated(parallel.make_mesh(jax.devices()))  # of all processes, as orbax wants it
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
@@ -104,6 +96,24 @@ def load(workdir: Path, config: Config, ema_length: float | None = None) -> tupl
   except ValueError as error:
     raise ConfigError(str(error)) from error
   return source, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), step
+
+
+def _facts_of_data(source: Source) -> Config:
+  return factory.normalize(pipeline.fingerprint(source, 1, 0))
+
+
+def _differences_of_data(saved: Config, given: Config, shapes_alone: bool) -> list[str]:
+  names = _ABSENT_DATA if shapes_alone else _DATA
+  return [text for name in names for text in factory.differences(saved[name], given[name], f"data.{name}")]
+
+
+def differences_of_data(source: Source, other: Source) -> list[str]:
+  """What the data of two runs differ in, a text for each fact: not in their name alone.
+
+  Of data that are not there the shape counts alone.
+  """
+  found = _differences_of_data(_facts_of_data(source), _facts_of_data(other), not (len(source) and len(other)))
+  return [] if all(text.startswith("data.name ") for text in found) else found
 
 
 def check_examples(config: Config) -> None:

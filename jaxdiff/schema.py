@@ -65,7 +65,8 @@ class TrainSettings:
 class SampleSettings:
   """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
 
-  Where the model has conditions, sample k is given those of example k of the `split`.
+  Where the model has conditions, sample k is given those of example k of the `split`; but for the class `label`, or of
+  several labels number k mod n, and the text `prompt`, where they are given.
   `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
   `ema_length` is the relative width of a power-function average, made of the snapshots of the run; None for the usual
   average.
@@ -74,11 +75,55 @@ class SampleSettings:
   num: int = 100
   batch_size: int = 100
   split: str = "test"
+  label: int | tuple[int, ...] = ()
+  prompt: str | tuple[str, ...] = ()
   trajectories: int = 6
   seed: int = 0
   threshold: Literal["none", "static", "dynamic"] = "none"
   gif: bool = False
   ema_length: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceSettings:
+  """What the samples of a trained model are guided by; of likelihoods it is no part.
+
+  `scale` is gamma in gamma s(x | y) + (1 - gamma) s(x): 1 is the conditional model without guidance. With the directory
+  of a run of a `classifier` it is the factor of the gradient of log p(y | x), 1 if it is left out; with that of a
+  `weak` model the one in gamma s + (1 - gamma) s_weak. Outside of `interval`, low < sigma / alpha <= high, there is no
+  guidance. `rescale` is the share in which the guided data prediction is given the spread of the conditional one.
+  """
+
+  scale: float | None = None
+  classifier: str | Path | None = None
+  weak: str | Path | None = None
+  interval: tuple[float, ...] = ()
+  rescale: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EditSettings:
+  """What to do with which images: of `num` results each, in a file, a folder or the array `x` of an .npz file.
+
+  "inpaint" paints anew where the image `mask` is white; "colorize" colours what is grey; "superres" enlarges; "deblur"
+  undoes a Gaussian `blur` of so many pixels, periodic at the borders; "sdedit" noises and samples again, so much of
+  the steps as `strength` says. With `degrade` the images are clean ones, degraded first, made smaller by `factor` (2).
+  The measurement has noise of a standard deviation `noise` in [-1, 1]: 0 but for "deblur", 1/255. `method` is that of
+  the restoration. Images of another size are cropped and resized by area averages where `resize` says so.
+  """
+
+  task: Literal["inpaint", "colorize", "superres", "deblur", "sdedit"]
+  input: str | Path
+  mask: str | Path | None = None
+  method: Literal["pigdm", "reconstruction", "dps", "projection", "repaint"] = "pigdm"
+  strength: float = 0.6
+  blur: float = 1.0
+  factor: int = 2
+  noise: float | None = None
+  degrade: bool = False
+  resize: bool = False
+  num: int = 4
+  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +205,8 @@ SECTIONS: Mapping[str, Section] = {
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),
+  "guidance": Section((GuidanceSettings,)),
+  "edit": Section((EditSettings,)),
   "sampler": Section(components.SAMPLERS, given=("sde", "forward", "path"), parts={"ts": "grid"}),
   "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
   "likelihood": Section(
@@ -171,8 +218,8 @@ SECTIONS: Mapping[str, Section] = {
   "evaluate": Section((EvaluateSettings,)),
   "other": Section(components.SOURCES, given=("split",)),
 }
-OPTIONAL = ("evaluate", "other")
-GENERATIVE = ("sampler", "sample", "likelihood")
+OPTIONAL = ("guidance", "edit", "evaluate", "other")
+GENERATIVE = ("sampler", "sample", "likelihood", "guidance", "edit")
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 
@@ -333,6 +380,8 @@ def fits(value: Any, annotation: Any) -> bool:
 
 def cast(value: Any, annotation: Any) -> Any:
   """The value, a whole number as a float where the annotation has floats."""
+  if isinstance(value, tuple) and annotation == tuple[float, ...]:
+    return tuple(map(float, value))
   whole = isinstance(value, int) and not isinstance(value, bool)
   return float(value) if whole and float in (annotation, *get_args(annotation)) else value
 

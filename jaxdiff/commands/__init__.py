@@ -1,9 +1,9 @@
-"""The commands, each from a checked config and the directory of the run: sample and evaluate here, train and likelihood
-beside; and the comparison of what was evaluated in several runs.
+"""The commands, each from a checked config and the directory of the run: sample and evaluate here, the others beside;
+and the comparison of what was evaluated in several runs.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, options, parallel, rundir, samplers, schema, status
-from jaxdiff.commands import console
+from jaxdiff import factory, options, parallel, rundir, schema, status
+from jaxdiff.commands import console, guiding
 from jaxdiff.commands.classifiers import accuracy
+from jaxdiff.commands.editing import edit as edit
 from jaxdiff.commands.likelihoods import likelihood as likelihood
 from jaxdiff.commands.training import train as train
 from jaxdiff.data.examples import Source
@@ -22,7 +23,6 @@ from jaxdiff.schema import Config, ConfigError, EvaluateSettings, SampleSettings
 
 _ANIMATED = 100  # samples in an animation
 _FRAMES = 60
-_QUANTILES = {"static": None, "dynamic": 0.995}
 _SHOWN = 10, 7  # samples in neighbours.png, and training images beside each
 
 
@@ -30,43 +30,40 @@ def sample(config: Config, workdir: Path) -> None:
   """Draw samples of the trained model, on the devices of all processes; the first process writes them."""
   settings, mesh = options.sample(config), parallel.make_mesh(jax.devices())
   console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
+  plan = guiding.plan(config)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
   process = factory.make_process(config, params)
-  score = _thresholded(factory.make_score(config), process, settings.threshold)
-  sampler, given = factory.make_sampler(config, process), factory.make_given(config, settings.split)
+  guided = guiding.guided(config, plan, source, params)
+  sampler, given = factory.make_sampler(config, process), factory.make_given(config, settings.split, plan.told.stated)
   console.say(f"sampling from step {step} by {config['sampler']['type']}")
   drawn = runs.draw(
-    score, params, process, sampler, source.shape, settings.num, settings.batch_size, settings.seed, mesh, given
+    *(guided.score, guided.params, process, sampler, source.shape),
+    *(settings.num, settings.batch_size, settings.seed, mesh, given),
   )
   if not console.first_process():
     return status.check(drawn["code"], drawn["accepted"])
-  arrays = {"x": drawn["x"], "nfe": drawn["nfe"]}
-  if given is not None:
-    arrays["example"] = np.arange(settings.num) % len(given.source)
+  numbers, arrays = np.arange(settings.num), {"x": drawn["x"], "nfe": drawn["nfe"]}
+  arrays |= {name: values[numbers % len(values)] for name, values in plan.told.written.items()}
+  if given is not None and given.source is not None:
+    arrays["example"] = numbers % len(given.source)
   np.savez_compressed(workdir / "samples.npz", allow_pickle=False, **arrays)
   (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
   status.check(drawn["code"], drawn["accepted"])
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
   if console.can_be_shown(source):
-    beside = source if given is None else given.source
+    beside = source if given is None or given.source is None else given.source
     shown = beside.gather(np.arange(min(len(beside), settings.num)))["x"]
     pictures.save_samples(workdir / "samples.png", drawn["x"], shown)
     if factory.has_path(config):
       count = max(_ANIMATED if settings.gif else 0, settings.trajectories)
       with_path = factory.make_sampler(config, process, path=_path(sampler))
       paths = runs.trajectories(
-        score(params), process, with_path, source.shape, min(count, settings.num), settings.seed, given
+        guided.score(guided.params), process, with_path, source.shape, min(count, settings.num), settings.seed, given
       )
       _show_paths(workdir, source, paths, settings)
   console.list_files(
     workdir, "samples.png", "denoising.png", *(["denoising.gif"] if settings.gif else []), "samples.npz"
   )
-
-
-def _thresholded(score: Callable[[Any], Any], process: Any, threshold: str) -> Callable[[Any], Any]:
-  if threshold == "none":
-    return score
-  return lambda params: samplers.thresholded(process, score(params), quantile=_QUANTILES[threshold])
 
 
 def _path(sampler: Any) -> int:
@@ -101,6 +98,7 @@ def evaluate(config: Config, workdir: Path) -> None:
   rundir.check_examples(config)
   settings, mesh = options.evaluate(config), parallel.make_mesh()
   console.check_batch("evaluate.batch_size", settings.batch_size, mesh.size)
+  plan = guiding.plan(config)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
   held_out = factory.make_source(config, settings.split)
   train = source.gather(np.arange(min(len(source), settings.reference or len(source))))
@@ -108,7 +106,7 @@ def evaluate(config: Config, workdir: Path) -> None:
   _check_enough(settings, len(train["x"]), len(unseen))
   console.say(f"evaluating {settings.num} samples from step {step}")
   chosen = _features(settings, train, source.levels)
-  drawn, identity = _draw_in_chunks(config, settings, source, params, workdir / "evaluation", mesh)
+  drawn, identity = _draw_in_chunks(config, settings, plan, source, params, workdir / "evaluation", mesh)
   x = features.to_levels(drawn["x"], source.levels)
   extract = features.extractor(chosen, source.levels, settings.batch_size, mesh, workdir / "evaluation")
 
@@ -127,6 +125,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     "model": {name: config[name] for name in ("sde", "prediction", "network")},
     "checkpoint_step": step,
     "sampler": config["sampler"],
+    **plan.facts(),
     "seed": settings.seed,
     "features": {"name": chosen.name, "count": samples.features.shape[1]},
     "training_examples": len(known.x),
@@ -164,16 +163,23 @@ def _features(settings: EvaluateSettings, train: Any, levels: int | None) -> fea
 
 
 def _draw_in_chunks(
-  config: Config, settings: EvaluateSettings, source: Source, params: Any, folder: Path, mesh: Mesh
+  config: Config,
+  settings: EvaluateSettings,
+  plan: guiding.Plan,
+  source: Source,
+  params: Any,
+  folder: Path,
+  mesh: Mesh,
 ) -> tuple[dict[str, np.ndarray], str]:
   """The samples, and what they depend on."""
   process = factory.make_process(config, params)
   sampler, size = factory.make_sampler(config, process), settings.batch_size
-  given, score = factory.make_given(config, settings.split), factory.make_score(config)
-  draw = runs.drawer(score, params, process, sampler, source.shape, size, settings.seed, mesh, given)
-  facts = {name: config[name] for name in ("sde", "prediction", "network", "sampler")}
-  facts |= {} if given is None else {"given": given.source.content_hash}
-  identity = chunks.identify(params, seed=settings.seed, **facts)
+  given = factory.make_given(config, settings.split, plan.told.stated)
+  guided = guiding.guided(config, plan, source, params)
+  draw = runs.drawer(guided.score, guided.params, process, sampler, source.shape, size, settings.seed, mesh, given)
+  facts = {name: config[name] for name in ("sde", "prediction", "network", "sampler")} | plan.facts()
+  facts |= {} if given is None or given.source is None else {"given": given.source.content_hash}
+  identity = chunks.identify(guided.params, seed=settings.seed, **facts)
 
   def batch(start: int) -> dict[str, np.ndarray]:
     drawn = draw(start)

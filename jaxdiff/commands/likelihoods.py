@@ -44,6 +44,8 @@ def likelihood(config: Config, workdir: Path) -> None:
   held_out = factory.make_source(config, settings.split)
   other = _other(config, settings.split, held_out) if "other" in config else None
   console.say(f"evaluating step {step} on {settings.split}")
+  if config.get("guidance"):
+    console.say("config.guidance is of samples: the likelihood is that of the model without it")
   for name in (*_files("likelihood"), *_files("likelihood_other")) if console.first_process() else ():
     (workdir / name).unlink(missing_ok=True)  # those of an evaluation that this one replaces
   with options.precision(config):

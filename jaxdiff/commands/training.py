@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff import factory, keys, objectives, options, parallel, rundir, schema, training
-from jaxdiff.commands import console
+from jaxdiff.commands import console, telling
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import pictures, runs
@@ -213,8 +213,8 @@ def _sampling(
 ) -> training.Hook:
   """Draws samples of the average into a picture a step, and shows it."""
   settings, mesh = options.sample(config), launcher.mesh
-  given = factory.make_given(config, settings.split)
-  beside = source if given is None else given.source
+  given = factory.make_given(config, settings.split, telling.told(config).stated)
+  beside = source if given is None or given.source is None else given.source
 
   def make(params: Any) -> Callable[..., Any]:
     process = factory.make_process(config, params)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
@@ -15,7 +15,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[str]]:
   files = sorted(
     file
     for file in (*folder.glob("*"), *folder.glob("*/*"))
-    if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
+    if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
   )
   if len(files) < 2:
     raise ValueError(f"path: {folder} holds {len(files)} PNG or JPEG files; training and test need at least one each")

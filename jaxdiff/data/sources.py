@@ -121,7 +121,7 @@ def npz(
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"path: {path} is not a file; pass an .npz file with an array x")
-  arrays = _read_npz(path)
+  arrays = read_npz(path)
   whole, parts = "x" in arrays, any(f"x_{name}" in arrays for name in SPLITS)
   missing = [f"x_{name}" for name in SPLITS if parts and f"x_{name}" not in arrays]
   if whole == parts or missing:
@@ -351,7 +351,8 @@ def _unprepared(builder: Any, name: str) -> str:
   )
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+  """The arrays of an .npz file, without pickled ones."""
   try:
     with np.load(path, allow_pickle=False) as archive:
       return {key: archive[key] for key in archive.files}

@@ -5,6 +5,7 @@ The mesh may span several processes, which then all call the same and all get th
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -30,19 +31,22 @@ class Prior(Protocol):
 
 
 class Given(NamedTuple):
-  """Whose conditions the samples have: sample k those of example k, and after the last again of the first.
+  """What samples are told: sample k what example k is, and after the last again the first; or what is stated.
 
   Attributes:
-    source: the examples.
-    cond: from a batch of them to the conditions of the network.
+    source: the examples; None where everything is stated.
+    cond: from a batch of them and of what is stated to the conditions of the score.
+    stated: arrays by name, in the place of those of the examples; sample k has entry k mod n of n.
   """
 
-  source: Source
+  source: Source | None
   cond: Callable[[Batch], Cond]
+  stated: Mapping[str, np.ndarray] = MappingProxyType({})
 
   def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples of samples of these numbers."""
-    return self.source.gather(numbers % len(self.source))
+    """What samples of these numbers are told of."""
+    examples = {} if self.source is None else self.source.gather(numbers % len(self.source))
+    return examples | {name: values[numbers % len(values)] for name, values in self.stated.items()}
 
 
 def _sampling_key(seed: int) -> jax.Array:
