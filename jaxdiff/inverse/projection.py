@@ -33,7 +33,7 @@ from jaxdiff.sde import ScalarSDE, expand
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
 
 # Data folded into a step's key for the noise of (1): a count that no draw of a sampler from that key reaches.
-_KNOWN = 2**31 - 2
+KNOWN_NOISE = 2**31 - 2
 
 
 class Projection:
@@ -101,7 +101,7 @@ def projected(sampler: FixedGrid, operator: Operator, noise_std: Scalar = 0.0) -
     def step(field: Any, x: State, memory: Any, node: Any, noise: Array) -> Any:
       interval, alpha, sigma = node
       x, memory = method.step(field, x, memory, interval, noise)
-      return project(x, noise_of(noise, _KNOWN, x), alpha, sigma), memory
+      return project(x, noise_of(noise, KNOWN_NOISE, x), alpha, sigma), memory
 
     steps = method._replace(step=step, nodes=nodes)
     sample = FixedGrid(sde, sampler.ts, steps, ends_noisy(sampler), sampler.path)(key, x_T, score, told)

@@ -26,6 +26,7 @@ from jax import Array
 from jaxdiff import checks
 from jaxdiff.inverse.operators import Operator, measured
 from jaxdiff.inverse.projection import (
+  KNOWN_NOISE,
   Projection,
   check_noise,
   check_sampler,
@@ -38,8 +39,8 @@ from jaxdiff.samplers.fixed_grid import FixedGrid, replace_last
 from jaxdiff.sde import expand
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
 
-# Data folded into a step's key, beside that of a predictor-corrector's corrector.
-_KNOWN, _LEAP = 2**31 - 2, 2**31 - 3
+# Data folded into a step's key for the noise of (1), beside KNOWN_NOISE.
+_LEAP = 2**31 - 3
 
 
 def repaint(
@@ -96,7 +97,7 @@ def repaint(
     def step(field: Any, x: State, memory: Any, node: Any, noise: Array) -> Any:
       interval, alpha, sigma, keep, renewed = node
       x, memory = method.step(field, x, memory, interval, noise)
-      x = project(x, noise_of(noise, _KNOWN, x), alpha, sigma)
+      x = project(x, noise_of(noise, KNOWN_NOISE, x), alpha, sigma)
       return expand(keep, x) * x + expand(renewed, x) * noise_of(noise, _LEAP, x), memory
 
     moves = method._replace(step=step, nodes=nodes, calls=calls, others=others)
