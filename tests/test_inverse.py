@@ -88,6 +88,28 @@ def test_what_a_blur_loses_is_not_amplified(x64):
   assert jnp.max(jnp.abs(back)) < 20
 
 
+@pytest.mark.parametrize("rows", ["more than columns", "one twice"])
+def test_what_an_operator_cannot_reach_is_left_out_of_the_pseudo_inverse(rows):
+  """As numpy's; sampling then ends at the least squares solution."""
+  matrix = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+  if rows == "one twice":
+    matrix = matrix[[0, 1, 1]]
+  y = matrix @ np.ones(4, np.float32) + 0.01 * np.arange(len(matrix), dtype=np.float32)
+  operator = inverse.operator(lambda x: x @ jnp.asarray(matrix.T), (4,))
+  exact = np.linalg.pinv(matrix) @ y
+  np.testing.assert_allclose(operator.adjoint(operator.solve(jnp.asarray(y[None]), 0.0))[0], exact, atol=2e-4)
+  sde = jd.VP()
+  sampler = inverse.restoration(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 10)), operator)
+  sample = sampler(jax.random.key(0), jnp.ones((1, 4)), lambda x, t: -x, {"measurement": jnp.asarray(y[None])})
+  np.testing.assert_allclose(matrix @ np.asarray(sample.x[0]), matrix @ exact, atol=2e-4)
+
+
+def test_conjugate_gradients_that_do_not_arrive_give_nan():
+  scales = jnp.asarray(np.logspace(0, -6, 400), jnp.float32)
+  operator = inverse.operator(lambda x: x * scales[None], (400,))
+  assert jnp.all(jnp.isnan(operator.solve(jax.random.normal(jax.random.key(0), (1, 400)), 0.0)))
+
+
 def test_operators_pass_through_jit_as_arguments():
   traces = []
 

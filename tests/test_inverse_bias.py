@@ -57,19 +57,23 @@ def levels(ts):
   return (np.asarray(v, float) for v in SDE.marginal(ts))
 
 
-def guided_moments(data, ts, rows, pull):
-  """Of DDIM from N(0, I) with D + sigma^2 / alpha K^T A^T pull(alpha, sigma) (y - A D)."""
+def guided_moments(data, ts, rows, pull, ancestral=False):
+  """Of DDIM, or ancestral steps, from N(0, I) with D + sigma^2 / alpha K^T A^T pull(alpha, sigma) (y - A D)."""
   alpha, sigma = levels(ts)
   eye = np.eye(len(data.mean))
-  mean, root = np.zeros(len(data.mean)), eye
+  mean, covariance = np.zeros(len(data.mean)), eye
   for a, s, a_next, s_next in zip(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], strict=True):
     matrix, shift = data.denoiser(a, s)
     back = s**2 / a * matrix.T @ rows.T @ pull(a, s)
     matrix, shift = matrix - back @ rows @ matrix, shift + back @ (np.full(len(rows), Y) - rows @ shift)
-    of_data = a_next - s_next / s * a
-    step = s_next / s * eye + of_data * matrix
-    mean, root = step @ mean + of_data * shift, step @ root
-  return mean, root @ root.T
+    r = a * s_next / (a_next * s)
+    kept = r**2 if ancestral else r  # of the noise of x; the rest of its variance is new noise
+    of_data = a_next * (1 - kept)
+    step = kept * a_next / a * eye + of_data * matrix
+    mean, covariance = step @ mean + of_data * shift, step @ covariance @ step.T
+    if ancestral:
+      covariance = covariance + s_next**2 * (1 - r**2) * eye
+  return mean, covariance
 
 
 def by_pseudo_inverse(rows, noise_std, c):
@@ -138,23 +142,40 @@ def test_samples_of_guided_scores_have_the_moments_of_their_formulas(guide, pull
     np.testing.assert_allclose(value, expected, atol=1e-6)
 
 
+def test_ancestral_samples_of_guided_scores_have_the_moments_of_their_formulas():
+  ts, rows = jd.time_grid(SDE, 20), np.eye(3)[:1]
+  sampler = jd.samplers.ancestral(SDE, ts)
+  score = inverse.reconstruction(THREE.score(), inverse.mask(np.array([1, 0, 0])), 2.0)
+  run = lambda key, x_T, _, cond: sampler(key, x_T, score, cond)
+  close(draw(run, None), *guided_moments(THREE, ts, rows, by_weight(2.0), ancestral=True))
+
+
+def test_the_moves_of_repaint():
+  """Down two steps, back, down again, and on; below the noise of the measurement, from index 3 on, without return."""
+  start, leap = moves(6, resamplings=2, jump=2, last=6)
+  assert start.tolist() == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
+  assert leap.tolist() == [0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0]
+  assert moves(6, resamplings=2, jump=2, last=3)[0].tolist() == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
-  ("pull", "slope", "variance"),
+  ("pull", "flow", "ancestral"),
   [
-    (by_pseudo_inverse(np.eye(2)[:1], 0.0, 1.0), 0.76, 0.39),
-    (by_weight(1.0), 0.37, 0.56),
-    (by_weight(2.0), 0.56, 0.42),
-    (by_weight(5.0), 0.79, 0.31),
+    (by_pseudo_inverse(np.eye(2)[:1], 0.0, 1.0), (0.76, 0.39), (0.76, 0.38)),
+    (by_weight(1.0), (0.37, 0.56), (0.55, 0.445)),
+    (by_weight(2.0), (0.56, 0.42), (0.72, 0.355)),
+    (by_weight(5.0), (0.79, 0.31), (0.87, 0.31)),
   ],
 )
-def test_the_bias_of_guided_scores_is_as_documented(pull, slope, variance):
-  """The posterior of the second value is N(0.8 y, 0.36)."""
+def test_the_bias_of_guided_scores_is_as_documented(pull, flow, ancestral):
+  """Of the formulas, to which the tests above hold the samplers. The exact posterior is N(0.8 y, 0.36)."""
   rows = np.eye(2)[:1]
   exact = PAIR.posterior(rows)
   np.testing.assert_allclose([exact[0][1], exact[1][1, 1]], [0.8 * Y, 0.36])
-  mean, covariance = guided_moments(PAIR, jd.time_grid(SDE, 1000), rows, pull)
-  np.testing.assert_allclose([mean[1] / Y, covariance[1, 1]], [slope, variance], atol=0.006)
-  np.testing.assert_allclose([mean[0] / Y, covariance[0, 0]], [1, 0], atol=0.005)
+  for expected, steps in ((flow, False), (ancestral, True)):
+    mean, covariance = guided_moments(PAIR, jd.time_grid(SDE, 1000), rows, pull, steps)
+    np.testing.assert_allclose([mean[1] / Y, covariance[1, 1]], expected, atol=0.006)
+    np.testing.assert_allclose([mean[0] / Y, covariance[0, 0]], [1, 0], atol=0.005)
 
 
 def close(samples, mean, covariance):

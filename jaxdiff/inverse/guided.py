@@ -7,19 +7,23 @@ With D = E[x_0 | x_t], J = dD / dx_t and p(x_0 | x_t) taken for a Gaussian aroun
 
 and the data prediction becomes D + sigma^2 / alpha of it; for (2), D - weight alpha / 2 grad |y - A D|^2. In (1) c is
 the variance of the data: r^2 is the variance of p(x_0 | x_t) for data N(m, c I), for which (1) is exact under every
-process; c = 1 for VE is the paper's sigma^2 / (1 + sigma^2). The paper multiplies (1) by r^2 in its DDIM steps, an
-"adaptive weight" that is not there here: (1) itself is the gradient. (2) has sigma^2 / alpha^2 for r^2 and no account
-of A A^T: at high noise, where r^2 tends to c, it pulls far too little, which weights above 1 make up for.
+process; c = 1 for VE is the paper's sigma^2 / (1 + sigma^2). The DDIM steps of the paper add (1) with an
+"adaptive weight" r^2 for sigma^2, which is not there here: (1) itself is the gradient. (2) has sigma^2 / alpha^2 for r^2 and no account
+of A A^T: at high noise, where r^2 tends to c, it pulls far too little, and a weight above 1 makes up for it.
 
 Known bias. Where the covariance C of Gaussian data is not c I, (1) has r^2 I in the place of
 (C^-1 + alpha^2 / sigma^2 I)^-1. For two values of variance 1 and correlation 0.8, of which the first is measured as y
 without noise, the second has the posterior N(0.8 y, 0.36), and its samples in many steps
 
-    (1), c = 1      N(0.76 y, 0.39)
-    (2), weight 1   N(0.37 y, 0.56),      weight 2   N(0.56 y, 0.42),      weight 5   N(0.79 y, 0.31)
+                    by the flow         by the reverse SDE
+    (1), c = 1      N(0.76 y, 0.39)     N(0.76 y, 0.38)
+    (2), weight 1   N(0.37 y, 0.56)     N(0.55 y, 0.45)
+    (2), weight 2   N(0.56 y, 0.42)     N(0.72 y, 0.36)
+    (2), weight 5   N(0.79 y, 0.31)     N(0.87 y, 0.31)
 
 D is differentiated: one call of the network with its gradient, which counts as one evaluation and takes about three
-times the arithmetic.
+times the arithmetic. Where alpha is small, J of a network that predicts the noise is a difference of large numbers:
+computed in bfloat16 it is lost there; take another prediction, or float32.
 
 References:
   Song et al. 2023, Pseudoinverse-Guided Diffusion Models for Inverse Problems, eq. 5 to 7 and Section 3.2, for (1);

@@ -13,7 +13,8 @@ walked once: nothing is projected there, and a round that does not hear of y for
 
 References:
   Lugmayr et al. 2022, RePaint: Inpainting using Denoising Diffusion Probabilistic Models, eq. 8, Algorithm 1 and
-  Appendix B (the schedule of jumps; there the first `jump` steps are never repeated, here they are where they fit).
+  Appendix B (the schedule of jumps; there the first `jump` steps are never repeated, here they are where they fit, and
+  the last jump starts from the last noisy level, here from the data where the grid ends there).
 """
 
 from typing import Any
@@ -35,7 +36,7 @@ from jaxdiff.inverse.projection import (
   noise_level,
   noise_of,
 )
-from jaxdiff.samplers.fixed_grid import FixedGrid, replace_last
+from jaxdiff.samplers.fixed_grid import FixedGrid, check_path, replace_last
 from jaxdiff.sde import expand
 from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
 
@@ -81,6 +82,7 @@ def repaint(
     raise ValueError(f"sampler must take one network evaluation a step, this one takes {len(method.calls)} in {steps}")
   alpha, sigma = marginals(sampler)
   start, leap = moves(steps, resamplings, jump, _last_projected(operator, noise_std, alpha, sigma))
+  check_path(sampler.path, len(start))
   with jax.ensure_compile_time_eval():
     arrived, goes_on = start + 1, start + 1 - leap
     keep = alpha[goes_on] / alpha[arrived]
