@@ -7,9 +7,9 @@ With D = E[x_0 | x_t], J = dD / dx_t and p(x_0 | x_t) taken for a Gaussian aroun
 
 and the data prediction becomes D + sigma^2 / alpha of it; for (2), D - weight alpha / 2 grad |y - A D|^2. In (1) c is
 the variance of the data: r^2 is the variance of p(x_0 | x_t) for data N(m, c I), for which (1) is exact under every
-process; c = 1 for VE is the paper's sigma^2 / (1 + sigma^2). The DDIM steps of the paper add (1) with an
-"adaptive weight" r^2 for sigma^2, which is not there here: (1) itself is the gradient. (2) has sigma^2 / alpha^2 for r^2 and no account
-of A A^T: at high noise, where r^2 tends to c, it pulls far too little, and a weight above 1 makes up for it.
+process; c = 1 for VE is the paper's sigma^2 / (1 + sigma^2). The DDIM steps of the paper add (1) with an "adaptive
+weight", r^2 for sigma^2, which is not there here: (1) itself is the gradient. (2) has sigma^2 / alpha^2 for r^2 and no
+account of A A^T: at high noise, where r^2 tends to c, it pulls far too little, and a weight above 1 makes up for it.
 
 Known bias. Where the covariance C of Gaussian data is not c I, (1) has r^2 I in the place of
 (C^-1 + alpha^2 / sigma^2 I)^-1. For two values of variance 1 and correlation 0.8, of which the first is measured as y
@@ -109,7 +109,8 @@ def pigdm(
     score: from `jd.score_fn`, or any score of a process.
     operator: A, such as `jd.inverse.mask()`.
     noise_std: standard deviation of the measurement's noise, in the units of the data.
-    data_variance: c: the mean of the variances of the values; for images in [-1, 1] often about 0.25 to 0.5.
+    data_variance: c: the variance of the values where they are independent. Of correlated values, as of images, the
+      variance along what they share is many times that, so that a larger c is nearer to it: 1 as in the paper.
     sde: the process, for a score that does not have it as `.sde`.
 
   Returns:
