@@ -85,9 +85,65 @@ class Mixture:
     return lambda x, t: jax.grad(lambda y: jnp.sum(self.log_prob(y, sde, t)))(x)
 
 
+@dataclass(frozen=True)
+class LabelledMixture(Mixture):
+  """A mixture whose components belong to labels 0, 1, ...; the label after the last says nothing."""
+
+  labels: np.ndarray
+
+  def of_label(self, label: int) -> Mixture:
+    """The data of one label."""
+    own = self.labels == label
+    return Mixture(self.weights[own] / self.weights[own].sum(), self.means[own], self.std)
+
+  def _each_log_prob(self, x, sde, t) -> Array:
+    """log p_t(x | label) of every label, `[b, labels + 1]`, the last of all data."""
+    parts = [self.of_label(label).log_prob(x, sde, t) for label in range(self.labels.max() + 1)]
+    return jnp.stack([*parts, self.log_prob(x, sde, t)], axis=1)
+
+  def conditional_log_prob(self, x, sde, t, label) -> Array:
+    return jnp.take_along_axis(self._each_log_prob(x, sde, t), label[:, None], axis=1)[:, 0]
+
+  def log_posterior(self, sde):
+    """log p(label | x_t) by Bayes' rule."""
+    prior = np.log([self.weights[self.labels == label].sum() for label in range(self.labels.max() + 1)])
+
+    def log_posterior(x, t, label):
+      return self.conditional_log_prob(x, sde, t, label) - self.log_prob(x, sde, t) + jnp.asarray(prior, x.dtype)[label]
+
+    return log_posterior
+
+  def conditional_score(self, sde):
+    """The score of p_t(x | label), in closed form; of p_t(x) for the label after the last."""
+
+    def score(x, t, label):
+      alpha, sigma = (v[:, None] for v in sde.marginal(t))
+      return (alpha * self.conditional_denoised(sde, x, t, label) - x) / sigma**2
+
+    return score
+
+  def conditional_denoised(self, sde, x, t, label) -> Array:
+    """E[x_0 | x_t, label]: the means of the components' posteriors, by how probable they are."""
+    alpha, sigma = (v[:, None] for v in sde.marginal(t))
+    variance = alpha**2 * self.std**2 + sigma**2
+    means = jnp.asarray(self.means, x.dtype)[None]
+    away = x[:, None] - alpha[..., None] * means
+    own = (jnp.asarray(self.labels, label.dtype)[None] == label[:, None]) | (label > int(self.labels.max()))[:, None]
+    log_weight = jnp.where(own, jnp.log(jnp.asarray(self.weights, x.dtype))[None], -jnp.inf)
+    share = jax.nn.softmax(log_weight - 0.5 * jnp.sum(away**2, axis=-1) / variance, axis=1)
+    centers = means + (alpha * self.std**2 / variance)[..., None] * away
+    return jnp.sum(share[..., None] * centers, axis=1)
+
+
 def gaussian() -> Gaussian:
   return Gaussian(np.array([1.0, -0.5, 0.2]), np.array([0.5, 1.0, 0.05]))
 
 
 def mixture() -> Mixture:
   return Mixture(np.array([0.3, 0.5, 0.2]), np.array([[1.0, 1.0], [-1.0, 0.5], [0.0, -1.2]]), 0.2)
+
+
+def labelled_mixture() -> LabelledMixture:
+  """Three labels, one of two components; label 3 is the null one."""
+  means = np.array([[1.0, 1.0], [-1.0, 0.5], [0.0, -1.2], [1.3, -0.4]])
+  return LabelledMixture(np.array([0.2, 0.4, 0.3, 0.1]), means, 0.2, np.array([0, 1, 2, 0]))

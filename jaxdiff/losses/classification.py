@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
 from jaxdiff import checks, keys
 from jaxdiff.losses import times
@@ -62,27 +62,37 @@ def classification(sde: ScalarSDE, time: times.Times = times.uniform(), t0: Scal
     key: Keys, x0: State, classifier: Callable[..., Array], /, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     checks.batch("x0", x0, cond, u)
-    label = _label(cond)
+    label = label_of(cond)
     noise_key, time_key = keys.split(keys.per_example(key, len(x0)))
     if u is None:
       u = times.draw(time, key, time_key, first.dtype)
     t, correction = time.place(sde, first, u.astype(first.dtype))
     x_t, _ = perturb(noise_key, x0, t, sde)
     logits = classifier(x_t, t, **{name: value for name, value in cond.items() if name != "label"})
-    if logits.ndim != 2 or len(logits) != len(x0):
-      raise ValueError(f"a classifier must return logits [b, classes] for x {x0.shape}; got {logits.shape}")
-    log_prob = jax.nn.log_softmax(logits.astype(t.dtype), axis=-1)
-    known = (label >= 0) & (label < logits.shape[1])
-    chosen = jnp.take_along_axis(log_prob, jnp.where(known, label, 0)[:, None], axis=1)[:, 0]
+    nats = -label_log_prob(logits.astype(t.dtype), label, x_t)
     right = (jnp.argmax(logits, axis=1).astype(label.dtype) == label).astype(t.dtype)
-    return correction * jnp.where(known, -chosen, jnp.nan), {"accuracy": right, "t": t}
+    return correction * nats, {"accuracy": right, "t": t}
 
   return loss
 
 
-def _label(cond: Cond) -> Array:
+def label_log_prob(logits: Float[Array, "..."], label: Integer[Array, " b"], x: State) -> Float[Array, " b"]:
+  """log softmax of the logits `[b, classes]` of a classifier of x at the labels, in nats; NaN for those beyond.
+
+  Raises:
+    ValueError: for logits of another shape.
+  """
+  if logits.ndim != 2 or len(logits) != len(x):
+    raise ValueError(f"a classifier must return logits [b, classes] for x {x.shape}; got {logits.shape}")
+  known = (label >= 0) & (label < logits.shape[1])
+  chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, label, 0)[:, None], axis=1)[:, 0]
+  return jnp.where(known, chosen, jnp.nan)
+
+
+def label_of(cond: Cond) -> Integer[Array, " b"]:
+  """cond["label"], refused unless it is integers `[b]`."""
   if "label" not in cond:
-    raise ValueError(f"cond lacks 'label', integers [b], which classification learns; it has {sorted(cond) or 'none'}")
+    raise ValueError(f"cond lacks 'label', integers [b], of the class; it has {sorted(cond) or 'none'}")
   label = jnp.asarray(cond["label"])
   if not jnp.issubdtype(label.dtype, jnp.integer):
     raise TypeError(f"cond['label'] must be integers [b], got {label.dtype}")

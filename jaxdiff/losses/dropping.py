@@ -58,7 +58,7 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
 
     def drop(name: str, value: Array) -> Array:
       where = dropped.reshape(-1, *(1,) * (value.ndim - 1))
-      return jnp.where(where, _as_type(null[name], value.dtype, name), value)
+      return jnp.where(where, as_type(null[name], value.dtype, name), value)
 
     told = {name: drop(name, value) if name in null else value for name, value in cond.items()}
     value, aux = loss(loss_key, x0, network, told, u)
@@ -67,8 +67,8 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
   return dropping
 
 
-def _as_type(nothing: Scalar, dtype: Any, name: str) -> Array:
-  """A null value in the type of its condition, which must hold it."""
+def as_type(nothing: Any, dtype: Any, name: str) -> Array:
+  """A null value, a number or an array, in the type of its condition, which must hold it."""
   if not isinstance(nothing, jax.Array):
     with np.errstate(invalid="ignore"):
       there = np.asarray(nothing).astype(dtype)

@@ -10,7 +10,11 @@ From (alpha_t, sigma_t) to (alpha_s, sigma_s), s < t, with a = alpha_t / alpha_s
     optimal       beta~ + (alpha_s beta / sigma_t^2)^2  mean_c [c sigma_t^2 / (alpha_t^2 c + sigma_t^2)]             (4)
     learned       exp(v log beta + (1 - v) log beta~),  v from the network                                           (5)
 
-and std = 0 in a step that ends at sigma_s = 0. For neighbouring steps of `ddpm.Chain` this is DDPM; for leaps it is
+and std = 0 in a step that ends at sigma_s = 0. A shift moves the mean of every step, as guidance by a classifier does:
+
+    x_s = mean + shift(mean, std^2, s) + std z,       mean the first two terms of (1).                               (6)
+
+For neighbouring steps of `ddpm.Chain` this is DDPM; for leaps it is
 DDPM of the chain with the merged betas; for `ncsn.Chain` it is the ancestral sampler of SMLD,
 
     x_{i-1} = x_i + (sigma_i^2 - sigma_{i-1}^2) score + sqrt(sigma_{i-1}^2 (sigma_i^2 - sigma_{i-1}^2) / sigma_i^2) z.
@@ -18,10 +22,11 @@ DDPM of the chain with the merged betas; for `ncsn.Chain` it is the ancestral sa
 References:
   Ho et al. 2020, Denoising Diffusion Probabilistic Models, eq. 7, Section 3.2 and Algorithm 2, for (1) to (3); Bao et
   al. 2022, Analytic-DPM, Theorem 1, for (4); Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
-  eq. 15 and Section 4, for (5) and leaps; Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix F.
+  eq. 15 and Section 4, for (5) and leaps; Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix F;
+  Dhariwal and Nichol 2021, Diffusion Models Beat GANs on Image Synthesis, Algorithm 1, for (6).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -34,8 +39,8 @@ from jaxtyping import Float, Key
 from jaxdiff import checks, keys
 from jaxdiff.ddpm import remaining_variance
 from jaxdiff.losses.chain import Chain
-from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Intervals, Method, check_grid, intervals
-from jaxdiff.sde import ScalarSDE, expand
+from jaxdiff.samplers.fixed_grid import Field, FixedGrid, Intervals, Method, check_grid, intervals, total_evaluations
+from jaxdiff.sde import ScalarSDE, batch_time, expand
 from jaxdiff.typing import State
 
 Variance = Literal["beta", "beta_tilde", "optimal", "learned"]
@@ -48,6 +53,7 @@ def ancestral(
   data_variance: ArrayLike | None = None,
   denoise: bool = False,
   path: int = 0,
+  shift: Callable[..., State] | None = None,
 ) -> FixedGrid:
   """Sampler by ancestral steps, eq. (1): DDPM, SMLD, and the same for every process with scalar marginals.
 
@@ -61,15 +67,20 @@ def ancestral(
     data_variance: eigenvalues `[k]` of the covariance of the data, or one for all; for "optimal" alone.
     denoise: whether the last state becomes E[x_0 | x], at one more evaluation; not for a grid that ends at the data.
     path: 0 for no path, k to return every k-th state from x_T to the last; k divides the number of steps.
+    shift: None, or what is added to the mean of every step, eq. (6), such as `guidance.mean_shift` makes: a function
+      (mean: [b, *d], variance: [b, *d], t_next: [b], **cond) -> [b, *d], also of a learned variance. In a step without
+      variance t_next is the time of its start, as there is no noise at its end.
 
   Returns:
-    sampler(key, x_T: [b, *d], score, cond={}) -> Sample, at `steps` network evaluations. The score is that of the
-    process, `chain.sde()` of a chain, and is called at `chain.time(step)`. x_T belongs to the first of ts.
+    sampler(key, x_T: [b, *d], score, cond={}) -> Sample, at `steps` network evaluations, and as many of a shift (or
+    what its `evaluations(times)` says). The score is that of the process, `chain.sde()` of a chain, and is called at
+    `chain.time(step)`. x_T belongs to the first of ts.
 
   Raises:
     ValueError: for steps or times that do not decrease within the process, none where they are needed, an unknown
       variance, "optimal" without data_variance or the reverse, a denoise or path that does not fit the grid.
-    TypeError: for steps that are no integers; when called, for "learned" with a score that says nothing of it.
+    TypeError: for steps that are no integers, a shift that is no function; when called, for "learned" with a score
+      that says nothing of it.
 
   Example:
     >>> import jax, jaxdiff as jd
@@ -81,13 +92,14 @@ def ancestral(
     ((4, 2), [10, 10, 10, 10])
   """
   _check_variance(variance, data_variance)
+  _check_shift(shift)
   sde, times, at = _chain_grid(process, ts, denoise) if hasattr(process, "sde") else _sde_grid(process, ts)
   with jax.ensure_compile_time_eval():
     ratio = snr_ratio(at)
     fresh = (1 - ratio) * (1 + ratio)
     of_state, of_data, std = ratio * (at.sigma_next / at.sigma), at.alpha_next * fresh, at.sigma_next * jnp.sqrt(fresh)
     noisy = at.sigma_next > 0
-    last = noisy[-1]
+    last, t_shift = noisy[-1], jnp.where(noisy, at.t_next, at.t)
     widen = jnp.where(noisy, jnp.log(at.sigma / jnp.where(noisy, at.sigma_next, at.sigma)), 0.0)
     if variance == "beta":
       std = std * jnp.exp(widen)
@@ -96,17 +108,22 @@ def ancestral(
       std = jnp.sqrt(jnp.where(noisy, std**2 + of_data**2 * left, 0.0))
 
   def step(field: Field, x: State, memory: Any, node: tuple[Array, ...], noise: Key[Array, " b"]) -> Any:
-    t, of_state, of_data, std, widen = node
+    t, t_shift, of_state, of_data, std, widen = node
     std = expand(std, x)
     if variance == "learned":
       data, v = field.denoised_and_v(x, t)
       std = std * jnp.exp(v * expand(widen, x))
     else:
       data = field.denoised(x, t)
-    return expand(of_state, x) * x + expand(of_data, x) * data + std * keys.normal(noise, x.shape, x.dtype), memory
+    mean = expand(of_state, x) * x + expand(of_data, x) * data
+    if shift is not None:
+      variance_of_step = jnp.broadcast_to(std**2, x.shape)
+      mean = mean + checks.score(x, shift(mean, variance_of_step, batch_time(t_shift, x), **field.cond), "shift")
+    return mean + std * keys.normal(noise, x.shape, x.dtype), memory
 
   to_data = not isinstance(last, jax.core.Tracer) and not bool(last)
-  method = Method(step, (at.t, of_state, of_data, std, widen), at.t, to_data=to_data)
+  others = 0 if shift is None else total_evaluations(shift, t_shift)
+  method = Method(step, (at.t, t_shift, of_state, of_data, std, widen), at.t, to_data=to_data, others=others)
   return FixedGrid(sde, times, method, denoise, path)
 
 
@@ -120,6 +137,12 @@ def _check_variance(variance: Any, data_variance: Any) -> None:
     raise ValueError(f"variance must be 'beta', 'beta_tilde', 'optimal' or 'learned', got {variance!r}")
   if (variance == "optimal") != (data_variance is not None):
     raise ValueError(f"variance='optimal', and no other, needs data_variance; got {variance!r} and {data_variance}")
+
+
+def _check_shift(shift: Any) -> None:
+  checks.made("shift", shift)
+  if shift is not None and not callable(shift):
+    raise TypeError(f"shift must be a function (mean, variance, t_next, **cond) -> [b, *d], got {type(shift).__name__}")
 
 
 def _chain_grid(chain: Chain, ts: Any, denoise: bool) -> tuple[ScalarSDE, Array, Intervals]:

@@ -51,6 +51,7 @@ class Method(NamedTuple):
     calls: the times `[n]` of the network evaluations of all steps, in any order.
     memory: what the first step is given as `memory`, from x_T: what a multistep method remembers; () for none.
     to_data: whether the last step ends at the data themselves, without noise, so that there is no score any more.
+    others: evaluations of networks other than the score, of all steps.
   """
 
   step: Callable[[Field, State, Any, Any, Key[Array, " b"]], tuple[State, Any]]
@@ -58,6 +59,7 @@ class Method(NamedTuple):
   calls: Float[Array, " n"]
   memory: Callable[[State], Any] = lambda x: ()
   to_data: bool = False
+  others: int | Array = 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,7 +100,7 @@ class FixedGrid:
     checks.made("score", score)
     field = Field(self.sde, score, dict(cond))
     run = scan_steps(field, self.method, len(self.ts) - 1, self.path, key, x_T)
-    nfe = total_evaluations(score, self.method.calls)
+    nfe = total_evaluations(score, self.method.calls) + self.method.others
     sample = report(run.x, run.path, run.good, run.good == len(self.ts) - 1, nfe)
     if not self.denoise:
       return sample

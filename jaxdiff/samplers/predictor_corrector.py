@@ -126,4 +126,4 @@ def predictor_corrector(predictor: FixedGrid, corrector: Corrector, denoise: boo
     return corrector.step(field, x, t_next, keys.fold_in(noise, _CORRECTOR)), memory
 
   calls = jnp.concatenate([method.calls, jnp.repeat(ts[1:], corrector.nfe)])
-  return FixedGrid(sde, ts, Method(step, (ts[1:], method.nodes), calls), denoise, path)
+  return FixedGrid(sde, ts, Method(step, (ts[1:], method.nodes), calls, others=method.others), denoise, path)
