@@ -45,8 +45,13 @@ WAYS = {
   "classifier": "classifier, on the network without the label",
   "both": "classifier, on the network with the label",
 }
-SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
-SHOWN = (0.0, 1.0, 2.0, 8.0)
+SCALES = {
+  "free": (0, 0.5, 1, 1.5, 2, 3, 5, 8),
+  "interval": (2, 3, 5, 8),
+  "classifier": (0.5, 1, 1.5, 2, 3, 5, 8),
+  "both": (2, 3, 5, 8),
+}
+SHOWN = (0, 1, 2, 8)
 LOW, HIGH = 0.2, 5.0
 STEPS, BATCH, REFERENCE, BOOTSTRAPS = 20, 250, 10_000, 20
 FEATURES_SEED, JUDGE_SEED = 0, 1
@@ -119,7 +124,7 @@ def sweep(draw: Draw, measure: Callable[..., Any], levels: int, count: int) -> t
   """A row of numbers for every way and scale, and the samples, by both."""
   label, rows, samples = np.arange(count) % 10, [], {}
   for way in WAYS:
-    for scale in SCALES if way in ("free", "classifier") else [scale for scale in SCALES if scale >= 1]:
+    for scale in SCALES[way]:
       start = perf_counter()
       parts = [draw(way, scale, k, label[k : k + BATCH]) for k in range(0, count, BATCH)]
       x = features.to_levels(np.concatenate([np.asarray(part.x) for part in parts]), levels)
@@ -159,7 +164,7 @@ def main() -> None:
   held_out = test.gather(np.arange(count))
   rows, samples = sweep(make_draw(options.model, options.classifier), measure, train.levels, options.num)
   rows.append({"way": "held-out data", **measure(held_out["x"], held_out["label"])})
-  rows.append({"way": "as many samples at scale 1", **measure(samples["free", 1.0][:count], np.arange(count) % 10)})
+  rows.append({"way": "as many samples at scale 1", **measure(samples["free", 1][:count], np.arange(count) % 10)})
   print(json.dumps(rows[-2]), json.dumps(rows[-1]), sep="\n")
   lines = "\n".join(json.dumps(row) for row in rows)
   (options.out / f"{options.name}.jsonl").write_text(lines + "\n", encoding="utf-8")

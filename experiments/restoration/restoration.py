@@ -9,7 +9,6 @@ compared with what one would do without a network. Writes NAME.png and prints a 
 """
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +30,12 @@ from jaxdiff.evaluation.pictures import tile
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COUNT, BATCH = 48, 16
-STEPS = {"PiGDM": 50, "DPS": 200, "RePaint": 50}
+COUNT, COLUMNS = 24, 8
+BLUR, NOISE = 1.5, 0.05  # pixels; of values in [-1, 1]
+STEPS = {"PiGDM": 50, "DPS": 100, "RePaint": 50}
+OPTIONS = {"PiGDM": {}, "DPS": {"scale": 1.0}, "RePaint": {"resamplings": 5, "jump": 10}}
+
+ORDER = ("truth", "seen", "no network", "PiGDM", "PiGDM, again", "DPS", "RePaint")
 
 
 class Task(NamedTuple):
@@ -41,7 +44,6 @@ class Task(NamedTuple):
   Attributes:
     title: of the pictures.
     operator: A.
-    helper: `(sde, sampler, method=..., noise_std=...) -> sampler`, of `jd.inverse`.
     simple: from a measurement to an image, without a network.
     other: the method beside PiGDM.
     noise_std: of the measurement.
@@ -50,7 +52,6 @@ class Task(NamedTuple):
 
   title: str
   operator: Any
-  helper: Callable[..., Any]
   simple: Callable[[jax.Array], jax.Array]
   other: str
   noise_std: float = 0.0
@@ -60,37 +61,19 @@ class Task(NamedTuple):
 def tasks(name: str, shape: tuple[int, ...]) -> list[Task]:
   """The tasks of a data set of images of this shape."""
   enlarge = lambda y: jax.image.resize(y, (len(y), *shape), "linear")
-  known = jnp.ones(shape).at[shape[0] // 2 :].set(0) if name == "fashion" else jnp.ones(shape).at[8:24, 8:24].set(0)
-  inpaint = Task(
-    "lower half hidden" if name == "fashion" else "middle hidden",
-    inverse.mask(known),
-    functools.partial(inverse.inpainting, mask=known),
-    lambda y: jnp.where(known == 1, y, jnp.sum(known * y, (1, 2), keepdims=True) / jnp.sum(known, (0, 1))),
-    "RePaint",
-    hidden=1 - known,
-  )
-  larger = lambda factor: Task(
-    f"{factor}x{factor} pixels in one",
-    inverse.downsample(factor),
-    functools.partial(inverse.super_resolution, factor=factor),
-    enlarge,
-    "DPS",
-  )
+  larger = lambda factor: Task(f"{factor}x{factor} pixels in one", inverse.downsample(factor), enlarge, "DPS")
+
+  def inpaint(title: str, known: jax.Array) -> Task:
+    mean = lambda y: jnp.sum(known * y, axis=(1, 2), keepdims=True) / jnp.sum(known)
+    return Task(title, inverse.mask(known), lambda y: jnp.where(known == 1, y, mean(y)), "RePaint", hidden=1 - known)
+
   if name == "emoji":
-    grey = Task(
-      "grey", inverse.greyscale(), inverse.colorization, lambda y: jnp.broadcast_to(y, (len(y), *shape)), "DPS"
-    )
-    return [inpaint, larger(2), larger(4), grey]
-  at = jnp.arange(-4, 5)
-  bell = jnp.exp(-(at**2) / (2 * 1.5**2))
+    grey = Task("grey", inverse.greyscale(), lambda y: jnp.broadcast_to(y, (len(y), *shape)), "DPS")
+    return [inpaint("middle hidden", jnp.ones((32, 32, 1)).at[8:24, 8:24].set(0)), larger(2), larger(4), grey]
+  bell = jnp.exp(-(jnp.arange(-4, 5) ** 2) / (2 * BLUR**2))
   kernel = jnp.outer(bell, bell) / jnp.sum(bell) ** 2
-  blur = functools.partial(inverse.deblurring, kernel=kernel)
-  return [
-    inpaint,
-    larger(2),
-    larger(4),
-    Task("blurred, with noise", inverse.blur(kernel), blur, lambda y: y, "DPS", 0.05),
-  ]
+  blurred = Task("blurred, with noise", inverse.blur(kernel), lambda y: y, "DPS", noise_std=NOISE)
+  return [inpaint("lower half hidden", jnp.ones((28, 28, 1)).at[14:].set(0)), larger(2), larger(4), blurred]
 
 
 def load(model: Path, data: str | None) -> tuple[Any, Any, np.ndarray]:
@@ -112,29 +95,24 @@ def load(model: Path, data: str | None) -> tuple[Any, Any, np.ndarray]:
   return sde, jd.score_fn(unconditional, params, sde, factory.make_prediction(config)), x
 
 
-def make_sampler(task: Task, sde: Any, method: str) -> Callable[..., Any]:
-  """Samples of the posterior: ancestral steps, guided by the measurement."""
-  sampler = jd.samplers.ddim(sde, jd.time_grid(sde, STEPS[method]), eta=1.0)
-  return task.helper(sde, sampler, method=method.lower(), noise_std=task.noise_std)
-
-
-def restore(task: Task, sde: Any, score: Any, x: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, int]:
-  """A sample for each measurement, and its evaluations."""
-  sampler = make_sampler(task, sde, method)
+def restore(task: Task, sde: Any, score: Any, x: np.ndarray, method: str, seed: int = 0) -> tuple[np.ndarray, int]:
+  """A sample for each measurement by ancestral steps, and the network evaluations of one."""
+  sampler = jd.samplers.ancestral(sde, jd.time_grid(sde, STEPS[method]))
+  sampler = inverse.restoration(sde, sampler, task.operator, task.noise_std, method.lower(), **OPTIONS[method])
 
   @jax.jit
-  def run(score: Any, start: jax.Array, y: jax.Array) -> Any:
-    prior_key, path_key = keys.split(jd.example_keys(jax.random.key(seed), start, len(y)))
-    return sampler(path_key, sde.prior_sample(prior_key, (len(y), *x.shape[1:])), score, {"measurement": y})
+  def run(score: Any, y: jax.Array) -> Any:
+    prior_key, path_key = keys.split(jd.example_keys(jax.random.key(seed), 0, len(y)))
+    return sampler(path_key, sde.prior_sample(prior_key, x.shape), score, {"measurement": y})
 
-  y = measured(task, x)
-  parts = [run(score, k, y[k : k + BATCH]) for k in range(0, len(y), BATCH)]
-  return np.concatenate([np.asarray(part.x) for part in parts]), int(parts[0].nfe[0])
+  sample = run(score, measured(task, x))
+  return np.asarray(sample.x), int(sample.nfe[0])
 
 
 def measured(task: Task, x: np.ndarray) -> jax.Array:
+  """The measurement of each image; its noise is that of the image, whatever others are beside it."""
   y = task.operator.apply(jnp.asarray(x))
-  return y + task.noise_std * jax.random.normal(jax.random.key(99), y.shape)
+  return y + task.noise_std * keys.normal(jd.example_keys(jax.random.key(99), 0, len(y)), y.shape)
 
 
 def report(task: Task, x: np.ndarray, found: np.ndarray, method: str, evaluations: int) -> None:
@@ -149,8 +127,8 @@ def report(task: Task, x: np.ndarray, found: np.ndarray, method: str, evaluation
   print(f"| {task.title} | {method} | {evaluations} | {words} | {gap:.4f} |", flush=True)
 
 
-def show(axis: Any, task: Task, rows: dict[str, np.ndarray], columns: int) -> None:
-  shown = tile(np.concatenate([row[:columns] for row in rows.values()]), columns)
+def show(axis: Any, task: Task, rows: dict[str, np.ndarray]) -> None:
+  shown = tile(np.concatenate([row[:COLUMNS] for row in rows.values()]), COLUMNS)
   axis.imshow(np.broadcast_to(shown, (*shown.shape[:2], 3)), interpolation="nearest")
   height = next(iter(rows.values())).shape[1] + 1
   axis.set(xticks=[], yticks=[height * (k + 0.5) for k in range(len(rows))], title=task.title)
@@ -176,10 +154,10 @@ def main() -> None:
     rows = {"truth": x, "seen": np.broadcast_to(seen, x.shape), "no network": np.asarray(task.simple(y))}
     report(task, x, rows["no network"], "no network", 0)
     for method in ("PiGDM", task.other):
-      for seed, words in enumerate((method, "another")):
-        rows[words if seed == 0 else f"{words} {method}"], evaluations = restore(task, sde, score, x, method, seed)
+      rows[method], evaluations = restore(task, sde, score, x, method)
       report(task, x, rows[method], method, evaluations)
-    show(axis, task, rows, columns=10)
+    rows["PiGDM, again"] = restore(task, sde, score, x[:COLUMNS], "PiGDM", seed=1)[0]
+    show(axis, task, {words: rows[words] for words in ORDER if words in rows})
   figure.savefig(options.out / f"{options.name}.png", dpi=100)
 
 
