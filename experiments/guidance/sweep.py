@@ -53,7 +53,7 @@ SCALES = {
 }
 SHOWN = (0, 1, 2, 8)
 LOW, HIGH = 0.2, 5.0
-STEPS, BATCH, REFERENCE, BOOTSTRAPS = 20, 250, 10_000, 20
+STEPS, BATCH, REFERENCE, BOOTSTRAPS = 20, 500, 10_000, 20
 FEATURES_SEED, JUDGE_SEED = 0, 1
 
 Draw = Callable[[str, float, int, np.ndarray], Any]
