@@ -46,22 +46,32 @@ WAYS = {
   "both": "classifier, on the network with the label",
 }
 SCALES = {
-  "free": (0, 0.5, 1, 1.5, 2, 3, 5, 8),
-  "interval": (2, 3, 5, 8),
-  "classifier": (0.5, 1, 1.5, 2, 3, 5, 8),
-  "both": (2, 3, 5, 8),
+  "digits": {
+    "free": (0, 0.5, 1, 1.5, 2, 3, 5, 8),
+    "interval": (2, 3, 5, 8),
+    "classifier": (1, 1.5, 2, 3, 5, 8),
+    "both": (2, 5),
+  },
+  "fashion": {"free": (0, 1, 2, 4), "classifier": (1, 2, 4)},
 }
-SHOWN = (0, 1, 2, 8)
+NUMBER = {"digits": 1000, "fashion": 250}
+SHOWN = (0, 1, 2, 4, 5)
 LOW, HIGH = 0.2, 5.0
-STEPS, BATCH, REFERENCE, BOOTSTRAPS = 20, 500, 10_000, 20
+STEPS, BATCH, REFERENCE, BOOTSTRAPS = 20, 250, 10_000, 20
 FEATURES_SEED, JUDGE_SEED = 0, 1
 
 Draw = Callable[[str, float, int, np.ndarray], Any]
 
 
-def make_draw(model: Path, classifying: Path) -> Draw:
+def read(workdir: Path, data: str | None) -> Any:
+  """The config of a run, with another place of the data if they are there."""
+  config = factory.read(workdir / "config.json")
+  return config | {"data": config["data"] | {"path": data}} if data else config
+
+
+def make_draw(model: Path, classifying: Path, data: str | None) -> Draw:
   """`draw(way, scale, start, label [b]) -> Sample` of the examples start, start + 1, .. with these labels."""
-  config, other = (factory.read(path / "config.json") for path in (model, classifying))
+  config, other = (read(path, data) for path in (model, classifying))
   (source, params, _), (_, noisy, _) = rundir.load(model, config), rundir.load(classifying, other)
   sde, prediction, apply = factory.make_process(config), factory.make_prediction(config), factory.make_apply(config)
   null = models.conditioning.null(factory.make_network(config).conditions)
@@ -120,11 +130,12 @@ def make_measure(train: Source) -> Callable[[np.ndarray, np.ndarray], dict[str, 
   return measure
 
 
-def sweep(draw: Draw, measure: Callable[..., Any], levels: int, count: int) -> tuple[list[Any], dict[Any, np.ndarray]]:
+def sweep(name: str, draw: Draw, measure: Callable[..., Any], levels: int) -> tuple[list[Any], dict[Any, np.ndarray]]:
   """A row of numbers for every way and scale, and the samples, by both."""
-  label, rows, samples = np.arange(count) % 10, [], {}
-  for way in WAYS:
-    for scale in SCALES[way]:
+  count, rows, samples = NUMBER[name], [], {}
+  label = np.arange(count) % 10
+  for way, scales in SCALES[name].items():
+    for scale in scales:
       start = perf_counter()
       parts = [draw(way, scale, k, label[k : k + BATCH]) for k in range(0, count, BATCH)]
       x = features.to_levels(np.concatenate([np.asarray(part.x) for part in parts]), levels)
@@ -137,14 +148,15 @@ def sweep(draw: Draw, measure: Callable[..., Any], levels: int, count: int) -> t
 
 def save_picture(path: Path, samples: dict[Any, np.ndarray], levels: int) -> None:
   """The first two samples of every class: a row for every way and some scales."""
-  figure, axes = plt.subplots(len(WAYS), 1, figsize=(9, 8), layout="constrained")
-  for axis, (way, words) in zip(axes, WAYS.items(), strict=True):
+  ways = list(dict.fromkeys(way for way, _ in samples))
+  figure, axes = plt.subplots(len(ways), 1, figsize=(9, 2 * len(ways)), layout="constrained")
+  for axis, way in zip(axes, ways, strict=True):
     scales = [scale for scale in SHOWN if (way, scale) in samples]
     few = [samples[way, scale][:20] for scale in scales]
     shown = tile(np.asarray(features.to_values(np.concatenate(few), levels)), 20)
     axis.imshow(shown[..., 0], cmap="gray", interpolation="nearest")
     height = few[0].shape[1] + 1
-    axis.set(xticks=[], yticks=[height * (k + 0.5) for k in range(len(few))], title=words)
+    axis.set(xticks=[], yticks=[height * (k + 0.5) for k in range(len(few))], title=WAYS[way])
     axis.set_yticklabels([f"scale {scale:g}" for scale in scales])
     axis.tick_params(length=0)
   figure.savefig(path, dpi=80)
@@ -152,17 +164,17 @@ def save_picture(path: Path, samples: dict[Any, np.ndarray], levels: int) -> Non
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("name", help="of the files that are written")
+  parser.add_argument("name", choices=tuple(SCALES))
   parser.add_argument("--model", type=Path, required=True, help="workdir of the network that is told labels")
   parser.add_argument("--classifier", type=Path, required=True, help="workdir of the classifier of noised images")
-  parser.add_argument("--num", type=int, default=1000)
+  parser.add_argument("--data", help="where the data lie, if not where they were")
   parser.add_argument("--out", type=Path, default=Path(__file__).parent)
   options = parser.parse_args()
-  config = factory.read(options.model / "config.json")
+  config = read(options.model, options.data)
   train, test = (factory.make_source(config, split) for split in ("train", "test"))
-  measure, count = make_measure(train), min(options.num, len(test))
+  measure, count = make_measure(train), min(NUMBER[options.name], len(test))
   held_out = test.gather(np.arange(count))
-  rows, samples = sweep(make_draw(options.model, options.classifier), measure, train.levels, options.num)
+  rows, samples = sweep(options.name, make_draw(options.model, options.classifier, options.data), measure, train.levels)
   rows.append({"way": "held-out data", **measure(held_out["x"], held_out["label"])})
   rows.append({"way": "as many samples at scale 1", **measure(samples["free", 1][:count], np.arange(count) % 10)})
   print(json.dumps(rows[-2]), json.dumps(rows[-1]), sep="\n")
