@@ -23,6 +23,13 @@ def toward(x, t, center=0.0):
   return (alpha * center - x) / (0.04 * alpha**2 + sigma**2)
 
 
+def coupled(x, t):
+  """The score of values with variance 0.04, and 2 more in the mean of all."""
+  alpha, sigma = (v[:, None, None, None] for v in SDE.marginal(t))
+  mean = jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+  return -(x - mean) / (0.04 * alpha**2 + sigma**2) - mean / ((2 * x[0].size + 0.04) * alpha**2 + sigma**2)
+
+
 WRAPPERS = {
   "pigdm": {},
   "reconstruction": {"weight": 2.0},
@@ -49,7 +56,7 @@ def test_hidden_values_change_nothing_and_known_ones_are_kept(method):
   @jax.jit
   def run(keys, x_T, cond):
     traces.append(1)
-    return sampler(keys, x_T, toward, cond)
+    return sampler(keys, x_T, coupled, cond)
 
   keys = jd.example_keys(KEY, 0, 2)
   cond, x_T = problem()
@@ -59,16 +66,17 @@ def test_hidden_values_change_nothing_and_known_ones_are_kept(method):
     np.testing.assert_array_equal(run(keys, x_T, problem(hidden=hidden)[0]).x, sample.x)
   known = np.broadcast_to(np.asarray(cond["mask"])[..., None] == 1, x_T.shape)
   np.testing.assert_array_equal(np.asarray(sample.x)[known], np.asarray(cond["measurement"])[known])
-  assert np.all(np.asarray(sample.x)[~known] != 0)
+  other = run(keys, x_T, cond | {"measurement": cond["measurement"] + 1})
+  assert np.all(np.asarray(other.x)[~known] > np.asarray(sample.x)[~known])
   turned = run(keys[::-1], x_T[::-1], {name: value[::-1] for name, value in cond.items()})
   np.testing.assert_allclose(turned.x[::-1], sample.x, atol=1e-5)
   assert len(traces) == 1
 
 
 @EACH
-@pytest.mark.parametrize("denoise", [False, True])
-def test_every_evaluation_is_counted(method, denoise):
+def test_every_evaluation_is_counted(method):
   """A call with its gradient is one; the walks of repaint are steps + (resamplings - 1) jump floor(steps / jump)."""
+  denoise = method in ("dps", "projection")
   sampler = inverse.inpainting(
     SDE, jd.samplers.ddim(SDE, grid(6), denoise=denoise), MASK, method=method, **WRAPPERS[method]
   )
@@ -101,3 +109,274 @@ def test_the_unknown_is_denoised_at_the_end(method):
   cond, x_T = problem(1)
   x = sampler(KEY, x_T, point, {"measurement": cond["measurement"]}).x
   np.testing.assert_allclose(np.asarray(x)[0][MASK == 0], 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["projection", "pigdm"])
+def test_every_operator_is_obeyed_at_the_end(method):
+  """A x = y to rounding, and bit for bit for a crop, in color, size and sharpness."""
+  kernel = np.array([[0.1, 0.2, 0.0], [0.3, 1.0, 0.1], [0.0, 0.05, 0.15]])
+  base, options = jd.samplers.ancestral(SDE, grid(4)), WRAPPERS[method]
+  x_T = jax.random.normal(KEY, (2, 4, 4, 3))
+  crop = inverse.crop(1, 0, 2, 3, (4, 4))
+  for operator, sampler in (
+    (inverse.greyscale(), inverse.colorization(SDE, base, method=method, **options)),
+    (inverse.downsample(2), inverse.super_resolution(SDE, base, 2, method=method, **options)),
+    (inverse.blur(kernel), inverse.deblurring(SDE, base, kernel, method=method, **options)),
+    (crop, inverse.restoration(SDE, base, crop, method=method, **options)),
+  ):
+    y = operator.apply(0.5 * jax.random.normal(jax.random.key(1), (2, 4, 4, 3)))
+    sample = sampler(KEY, x_T, toward, {"measurement": y})
+    np.testing.assert_allclose(operator.apply(sample.x), y, atol=0 if operator is crop else 1e-5)
+    assert sample.status.code.tolist() == [0, 0]
+
+
+def test_one_walk_of_repaint_is_projection():
+  base = jd.samplers.ancestral(SDE, grid(6), path=2)
+  cond, x_T = problem()
+  once = inverse.repaint(base, inverse.mask(), resamplings=1, jump=3)(KEY, x_T, toward, cond)
+  expected = inverse.projected(base, inverse.mask())(KEY, x_T, toward, cond)
+  np.testing.assert_allclose(once.path, expected.path, atol=1e-6)
+  assert len(expected.path) == 4
+  np.testing.assert_array_equal(expected.path[-1], expected.x)
+  assert once.nfe.tolist() == expected.nfe.tolist() == [7, 7]
+
+
+def test_evaluations_of_repaint_are_those_of_the_times_it_visits():
+  """A score of three evaluations in the noisier half of the grid: its steps there are walked three times too."""
+  ts = grid(6)
+
+  class Several:
+    def __call__(self, x, t):
+      return toward(x, t)
+
+    def evaluations(self, times):
+      return jnp.where(times >= ts[2], 3, 1)
+
+  cond, x_T = problem()
+  sampler = inverse.repaint(jd.samplers.ancestral(SDE, ts), inverse.mask(), resamplings=3, jump=4)
+  # Down from 0 to 6, then twice from 2 to 6: indices 0 and 1 once, 2 to 5 three times, and the end.
+  assert sampler(KEY, x_T, Several(), cond).nfe.tolist() == [3 * (2 + 3) + 3 * 3 + 1] * 2
+
+
+def test_samplers_that_end_at_the_data():
+  """No score is called at the end, what is known is exact, and the state leaps back from the data themselves."""
+  chain = jd.ddpm.Chain(jd.ddpm.linear_betas())
+  cond, x_T = problem()
+  known = np.broadcast_to(np.asarray(cond["mask"])[..., None] == 1, x_T.shape)
+  for sampler, nfe in (
+    (inverse.projected(jd.samplers.ddim(SDE, jnp.asarray([1.0, 0.5, 0.0])), inverse.mask()), 2),
+    (inverse.repaint(jd.samplers.ancestral(chain, range(1000, -1, -200)), inverse.mask(), 2, 5), 10),
+  ):
+    sample = sampler(KEY, x_T, toward, cond)
+    assert sample.nfe.tolist() == [nfe] * 2
+    assert sample.status.code.tolist() == [0, 0]
+    np.testing.assert_array_equal(np.asarray(sample.x)[known], np.asarray(cond["measurement"])[known])
+
+
+def test_adaptive_solves_are_per_example():
+  """Guided probability flow: masks and measurements of each example are its own, in any batch."""
+  sampler = inverse.inpainting(SDE, jd.samplers.probability_flow(SDE, rtol=1e-2, atol=1e-2), noise_std=0.1)
+  cond, x_T = problem(3)
+  run = jax.jit(lambda x_T, cond: sampler(KEY, x_T, toward, cond))
+  sample = run(x_T, cond)
+  jd.raise_if_failed(sample)
+  order = jnp.asarray([2, 2, 0])
+  other = run(x_T[order], {name: value[order] for name, value in cond.items()})
+  np.testing.assert_allclose(other.x, sample.x[order], atol=1e-4)
+  assert other.nfe.tolist() == sample.nfe[order].tolist()
+
+
+class Branches:
+  """Classifier-free guidance by hand: both branches in one call of twice the batch, as two evaluations."""
+
+  sde = SDE
+
+  def __call__(self, x, t, label):
+    alpha, sigma = (v[:, None, None, None] for v in SDE.marginal(t))
+    return (alpha * self.denoised(x, t, label=label) - x) / sigma**2
+
+  def denoised(self, x, t, label):
+    alpha, sigma = (v[:, None, None, None] for v in SDE.marginal(jnp.concatenate([t, t])))
+    center = jnp.concatenate([label, jnp.zeros_like(label)])[:, None, None, None]
+    x = jnp.concatenate([x, x])
+    told, untold = jnp.split((0.04 * alpha * x + sigma**2 * center) / (0.04 * alpha**2 + sigma**2), 2)
+    return 2 * told - untold
+
+  def evaluations(self, times):
+    return 2
+
+
+@EACH
+def test_guidance_nests_with_measurements(method):
+  """The guided score hears its label and neither measurement nor mask, and its evaluations are counted."""
+  sampler = inverse.inpainting(SDE, jd.samplers.ddim(SDE, grid(12)), method=method, **WRAPPERS[method])
+  cond, x_T = problem()
+  sample = sampler(KEY, x_T, Branches(), cond | {"label": jnp.asarray([1.0, -1.0])})
+  assert sample.nfe.tolist() == [2 * {"projection": 13, "repaint": 25}.get(method, 12)] * 2
+  hidden = ~np.broadcast_to(np.asarray(cond["mask"])[..., None] == 1, x_T.shape)
+  assert np.mean(np.asarray(sample.x[0])[hidden[0]]) > 1.5
+  assert np.mean(np.asarray(sample.x[1])[hidden[1]]) < -1.5
+
+
+def test_guided_scores_pass_through_jit_as_arguments():
+  """Other masks, noise levels and parameters need no other program; its denoiser belongs to its score."""
+  traces = []
+
+  @jax.jit
+  def both(score, x, t, cond):
+    traces.append(1)
+    return score(x, t, **cond), score.denoised(x, t, **cond)
+
+  cond, x = problem()
+  t = jnp.asarray([0.3, 0.7])
+  alpha, sigma = (v[:, None, None, None] for v in SDE.marginal(t))
+  apply, prediction = lambda params, x, t: params * x, jd.predictions.noise()
+  found = []
+  for scale, mask, noise_std in ((0.5, MASK, 0.1), (0.7, MASK, 0.1), (0.7, MASK.T, 0.1), (0.7, MASK.T, 0.2)):
+    score = inverse.pigdm(jd.score_fn(apply, scale, SDE, prediction), inverse.mask(mask), noise_std)
+    value, denoised = both(score, x, t, {"measurement": cond["measurement"]})
+    np.testing.assert_allclose((x + sigma**2 * value) / alpha, denoised, atol=1e-4)
+    found.append(np.asarray(value))
+  assert all(np.any(a != b) for a, b in zip(found[1:], found, strict=False))
+  assert len(traces) == 1
+
+
+@EACH
+def test_learned_variances_and_half_precision(method):
+  """A step of learned variance keeps its v; a bfloat16 network leaves the state float32; outer vmap traces."""
+  sampler = inverse.inpainting(
+    SDE, jd.samplers.ancestral(SDE, grid(4), variance="learned"), MASK, method=method, **WRAPPERS[method]
+  )
+
+  def double(params, x, t):
+    return jnp.concatenate([0.5 * x, jnp.full_like(x, 2 * params - 1)], axis=-1).astype(jnp.bfloat16)
+
+  cond, x_T = problem()
+  cond = {"measurement": cond["measurement"]}
+
+  def run(v, x_T):
+    return sampler(KEY, x_T, jd.score_fn(double, v, SDE, jd.predictions.noise(), learned_variance=True), cond).x
+
+  small, large = (jax.jit(run)(v, x_T) for v in (0.0, 1.0))
+  assert small.dtype == jnp.float32
+  hidden = np.broadcast_to(MASK[None, :, :, None] == 0, x_T.shape)
+  assert np.all(np.asarray(small)[hidden] != np.asarray(large)[hidden])
+  assert jax.eval_shape(jax.vmap(run, in_axes=(None, 0)), 0.5, jnp.stack([x_T] * 3)).shape == (3, 2, 4, 4, 3)
+
+
+def test_dps_shares_the_call_of_the_step():
+  """The step of a wrapped sampler is that of the sampler where scale is 0, for every way to ask for the score."""
+  cond, x_T = problem()
+  for base in (
+    jd.samplers.ancestral(SDE, grid(4)),
+    jd.samplers.reverse_sde(SDE, grid(40), denoise=True),
+  ):
+    found = inverse.dps(base, inverse.mask(), scale=0.0)(KEY, x_T, toward, cond)
+    expected = base(KEY, x_T, toward)
+    np.testing.assert_allclose(found.x, expected.x, atol=1e-3)
+    assert found.nfe.tolist() == expected.nfe.tolist()
+
+
+ANCESTRAL = jd.samplers.ancestral(SDE, grid(4))
+KNOWN = inverse.mask(MASK)
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "message"),
+  [
+    (lambda: inverse.mask(np.full((2, 2), 0.5)), ValueError, r"mask must be 1 where a value is known .* holds \[0.5\]"),
+    (lambda: inverse.downsample(0), ValueError, "factor must be at least 1"),
+    (lambda: inverse.downsample(2.0), TypeError, "factor must be an integer"),
+    (
+      lambda: inverse.downsample(3).apply(jnp.ones((1, 4, 4, 1))),
+      ValueError,
+      "factor=3 does not divide the 4x4",
+    ),
+    (lambda: inverse.blur(np.ones((2, 3))), ValueError, r"kernel must be \[rows, columns\], odd .* got \(2, 3\)"),
+    (lambda: inverse.blur(np.ones(3)), ValueError, r"kernel must be \[rows, columns\], odd .* got \(3,\)"),
+    (lambda: inverse.blur(np.ones((5, 1))).apply(jnp.ones((1, 4, 4, 1))), ValueError, "kernel must not be larger than"),
+    (
+      lambda: inverse.crop(3, 0, 2, 2, (4, 4)),
+      ValueError,
+      r"2x2 at \(3, 0\), must lie in the image of 4x4",
+    ),
+    (lambda: inverse.crop(0, 0, 2, 2, (4, 4)).apply(jnp.ones((1, 5, 4, 1))), ValueError, r"is not that of the images"),
+    (
+      lambda: inverse.greyscale().apply(jnp.ones((1, 2, 2, 1))),
+      ValueError,
+      "of 3 channels, .* these have 1",
+    ),
+    (lambda: inverse.greyscale((0.0, 0.0)), ValueError, "weights must be one number per channel, not all 0"),
+    (lambda: inverse.downsample(2).apply(jnp.ones((4, 4))), ValueError, r"downsample is for images \[b, h, w, c\]"),
+    (lambda: inverse.Operator(1, abs, abs), TypeError, "apply of an operator must be a function, got int"),
+    (lambda: inverse.Operator(abs, abs, abs, "mask"), TypeError, "conditions must be a tuple of names"),
+    (lambda: inverse.pigdm(toward, KNOWN), TypeError, "score must have its process as .sde"),
+    (lambda: inverse.pigdm(toward, KNOWN, -0.1, sde=SDE), ValueError, "noise_std must be at least 0"),
+    (lambda: inverse.pigdm(toward, KNOWN, 0.1, 0.0, SDE), ValueError, "data_variance must be positive"),
+    (lambda: inverse.pigdm(toward, inverse.mask, sde=SDE), TypeError, r"did you forget to call it: inverse.mask\(\)\?"),
+    (lambda: inverse.reconstruction(toward, KNOWN, -1.0, SDE), ValueError, "weight must be at least 0"),
+    (lambda: inverse.dps(ANCESTRAL, KNOWN, -1.0), ValueError, "scale must be at least 0"),
+    (lambda: inverse.projected(ANCESTRAL, KNOWN, -1.0), ValueError, "noise_std must be at least 0"),
+    (lambda: inverse.projected(ANCESTRAL, inverse.blur(np.eye(3)), 0.1), ValueError, "needs an operator with a gain"),
+    (lambda: inverse.repaint(ANCESTRAL, KNOWN, 0, 1), ValueError, "resamplings must be at least 1"),
+    (lambda: inverse.repaint(ANCESTRAL, KNOWN, 2, 0), ValueError, "jump must be at least 1"),
+    (lambda: inverse.repaint(ANCESTRAL, KNOWN, 2, 5), ValueError, "jump must not be longer than the grid of 4 steps"),
+    (
+      lambda: inverse.repaint(jd.samplers.dpm_solver(SDE, grid(4)), KNOWN, 2, 2),
+      ValueError,
+      "sampler must take one network evaluation a step, this one takes 8 in 4",
+    ),
+    (lambda: inverse.restoration(SDE, ANCESTRAL, KNOWN, method="ddrm"), ValueError, "method must be one of 'pigdm'"),
+    (
+      lambda: inverse.restoration(SDE, ANCESTRAL, KNOWN, data_variance=-1.0),
+      ValueError,
+      "data_variance must be positive",
+    ),
+  ],
+)
+def test_bad_arguments_are_refused(make, error, message, untyped):
+  with pytest.raises(error, match=message):
+    make()
+
+
+@pytest.mark.parametrize("wrap", [inverse.dps, inverse.projected, inverse.repaint])
+def test_samplers_that_cannot_be_wrapped_are_refused(wrap, untyped):
+  for multistep in (jd.samplers.unipc(SDE, grid(4)), jd.samplers.dpm_solver_pp(SDE, grid(4))):
+    with pytest.raises(ValueError, match="sampler must step from one state alone"):
+      wrap(multistep, KNOWN)
+  with pytest.raises(TypeError, match="sampler must be a FixedGrid, got function"):
+    wrap(jd.samplers.probability_flow(SDE), KNOWN)
+
+
+@pytest.mark.parametrize(
+  ("base", "message"),
+  [
+    (jd.samplers.edm(SDE, grid(4), order=1, churn=1.0), "asks elsewhere"),
+    (jd.samplers.stochastic_heun(SDE, grid(4)), "asks more than once"),
+    (jd.samplers.FixedGrid(SDE, grid(4), ANCESTRAL.method._replace(step=lambda f, x, m, n, k: (x, m))), "never does"),
+  ],
+)
+def test_dps_refuses_steps_that_ask_elsewhere(base, message):
+  cond, x_T = problem()
+  with pytest.raises(ValueError, match=message):
+    inverse.dps(base, inverse.mask())(KEY, x_T, toward, cond)
+
+
+@EACH
+@pytest.mark.parametrize(
+  ("change", "error", "message"),
+  [
+    ({"measurement": None}, ValueError, r"cond must hold 'measurement', .* it holds \['mask'\]"),
+    ({"mask": None}, ValueError, r"cond must hold 'mask', .* it holds \['measurement'\]"),
+    ({"measurement": jnp.ones((2, 4, 4, 1))}, ValueError, r"the shape of A x, \(2, 4, 4, 3\); got \(2, 4, 4, 1\)"),
+    ({"measurement": jnp.ones((2, 4, 4, 3), int)}, TypeError, r"\['measurement'\] must be floating point"),
+    ({"mask": jnp.ones((2, 4, 5))}, ValueError, r"mask must be of the size of the images, \(4, 4, 3\); got \(4, 5\)"),
+    ({"mask": jnp.full((2, 4, 4), 0.5)}, ValueError, "mask must be 1 where a value is known"),
+  ],
+)
+def test_bad_measurements_are_refused(method, change, error, message, untyped):
+  sampler = inverse.inpainting(SDE, ANCESTRAL, method=method, **WRAPPERS[method])
+  cond, x_T = problem()
+  cond = {name: value for name, value in (cond | change).items() if value is not None}
+  with pytest.raises(error, match=message):
+    sampler(KEY, x_T, toward, cond)

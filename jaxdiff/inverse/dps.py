@@ -6,10 +6,11 @@ with the norm over an example, not its square: the convention of the published c
 zeta_i grad |.|^2 with zeta_i = zeta' / |.|, that is scale = 2 zeta'. The step and the gradient share one call of the
 network, which with its gradient takes about three times the arithmetic and counts as one evaluation.
 
-Known bias. The gradient of a norm has the size of A J whatever is left of the residual, so scale is a distance: the
-samples end within about scale of A x = y, and jitter there, however noisy y is; no noise_std comes in, and the sum of
-the moves grows with the number of steps. The mean of x along y is near the posterior's only where y has little noise,
-and its variance is not that of the posterior.
+Known bias. The gradient of a norm does not shrink with the residual, so scale is a distance: a single measured value
+ends evenly spread over y +- scale, however noisy y is (no noise_std comes in), and the sum of the moves grows with the
+number of steps. For two values of variance 1 and correlation 0.8, of which the first is measured as y without noise,
+the second has the posterior N(0.8 y, 0.36), and with scale = 0.3 and y = 1.5 the mean 0.85 y and variance 0.32 in 100
+ancestral steps, 0.97 y and 0.30 in 1000.
 
 References:
   Chung et al. 2023, Diffusion Posterior Sampling for General Noisy Inverse Problems, Algorithm 1, eq. 16 and Appendix

@@ -12,10 +12,14 @@ process; c = 1 for VE is the paper's sigma^2 / (1 + sigma^2). The paper multipli
 of A A^T: at high noise, where r^2 tends to c, it pulls far too little, which weights above 1 make up for.
 
 Known bias. Where the covariance C of Gaussian data is not c I, (1) has r^2 I in the place of
-(C^-1 + alpha^2 / sigma^2 I)^-1: too weak a pull along directions with more variance than c, too strong along others,
-and correlated unknown values hear of y through J alone. The law of the samples is a Gaussian whose moments follow from
-those of the affine field; the tests compute both. D is differentiated: one call of the network with its gradient, which
-counts as one evaluation and takes about three times the arithmetic.
+(C^-1 + alpha^2 / sigma^2 I)^-1. For two values of variance 1 and correlation 0.8, of which the first is measured as y
+without noise, the second has the posterior N(0.8 y, 0.36), and its samples in many steps
+
+    (1), c = 1      N(0.76 y, 0.39)
+    (2), weight 1   N(0.37 y, 0.56),      weight 2   N(0.56 y, 0.42),      weight 5   N(0.79 y, 0.31)
+
+D is differentiated: one call of the network with its gradient, which counts as one evaluation and takes about three
+times the arithmetic.
 
 References:
   Song et al. 2023, Pseudoinverse-Guided Diffusion Models for Inverse Problems, eq. 5 to 7 and Section 3.2, for (1);

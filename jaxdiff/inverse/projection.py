@@ -10,9 +10,9 @@ put in:
 
     x_0 <- x_0 + A^+ (y - A x_0)                                                                                     (3)
 
-Known bias. (1) tells the unknown values of y by one state only, that of the step before: a step's z is new, so what
-they heard of y is of the noisy past. With the covariance rho between a known and an unknown value of N(0, 1) data, a
-mean moves by less than rho y and a variance stays above 1 - rho^2, for any number of steps; `repaint` mends it.
+Known bias. The unknown values hear of y through states whose noise z is new at every step, and too late: for two values
+of variance 1 and correlation 0.8, of which the first is measured as y without noise, the second has the posterior
+N(0.8 y, 0.36), and its samples N(0.50 y, 0.49) however many the steps. `repaint` mends it.
 
 References:
   Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix I.2 and I.3, for (1); (2) is its extension to
@@ -41,14 +41,13 @@ class Projection:
 
   def __init__(self, operator: Operator, noise_std: Scalar, y: Array, own: Cond) -> None:
     self.operator, self.y, self.own = operator, y, own
-    # Standard deviation of the noise of A^+ y along a measured direction.
-    self.level = 0.0 if operator.gain is None else noise_std / jnp.sqrt(jnp.asarray(operator.gain, y.dtype))
+    self.level = noise_level(operator, noise_std)
 
   def __call__(self, x: State, z: State | None, alpha: Scalar, sigma: Scalar) -> State:
     """x with what was measured replaced, at (alpha, sigma); z: noise `[b, *d]`, None at the data."""
     apply = lambda x: self.operator.apply(x, **self.own)
-    alpha, sigma = (jnp.asarray(value, x.dtype) for value in (alpha, sigma))
-    room = sigma**2 - (alpha * self.level) ** 2
+    alpha, sigma, level = (jnp.asarray(value, x.dtype) for value in (alpha, sigma, self.level))
+    room = sigma**2 - (alpha * level) ** 2
     known = expand(alpha, self.y) * self.y
     if z is not None:
       known = known + expand(jnp.sqrt(jnp.maximum(room, 0.0)), self.y) * apply(z)
@@ -164,6 +163,11 @@ def check_noise(operator: Any, noise_std: Any) -> None:
     raise ValueError(
       f"noise_std={noise_std} needs an operator with a gain, A A^T = g I, which a blur does not have: take pigdm or dps"
     )
+
+
+def noise_level(operator: Operator, noise_std: Scalar) -> Scalar:
+  """Standard deviation of the noise of A^+ y along a measured direction."""
+  return 0.0 if operator.gain is None else noise_std / operator.gain**0.5
 
 
 def marginals(sampler: FixedGrid) -> tuple[Float[Array, " n"], Float[Array, " n"]]:

@@ -6,8 +6,10 @@ At every `jump`-th time of the grid, counted from the data, the state is noised 
 
 and comes down by projected steps again, `resamplings - 1` times. One leap (1) has the law of `jump` forward steps. The
 known values of one such round are drawn from q(x_s | y) with new noise, while the unknown ones have heard of y; with
-more rounds the pair comes closer to its joint law, which one pass of `projected` misses. It takes
-steps + (resamplings - 1) jump floor(steps / jump) network evaluations.
+more rounds the pair comes closer to its joint law, which one pass of `projected` misses: the second value of its
+example becomes N(0.765 y, 0.36) in 250 steps with 10 resamplings and jumps of 10, where N(0.8 y, 0.36) is right. It
+takes steps + (resamplings - 1) jump floor(steps / jump) network evaluations. With noise, stretches below its level are
+walked once: nothing is projected there, and a round that does not hear of y forgets it.
 
 References:
   Lugmayr et al. 2022, RePaint: Inpainting using Denoising Diffusion Probabilistic Models, eq. 8, Algorithm 1 and
@@ -29,6 +31,7 @@ from jaxdiff.inverse.projection import (
   check_sampler,
   ends_noisy,
   marginals,
+  noise_level,
   noise_of,
 )
 from jaxdiff.samplers.fixed_grid import FixedGrid, replace_last
@@ -75,8 +78,8 @@ def repaint(
   steps = len(ts) - 1
   if len(method.calls) != steps:
     raise ValueError(f"sampler must take one network evaluation a step, this one takes {len(method.calls)} in {steps}")
-  start, leap = _moves(steps, resamplings, jump)
   alpha, sigma = marginals(sampler)
+  start, leap = moves(steps, resamplings, jump, _last_projected(operator, noise_std, alpha, sigma))
   with jax.ensure_compile_time_eval():
     arrived, goes_on = start + 1, start + 1 - leap
     keep = alpha[goes_on] / alpha[arrived]
@@ -102,13 +105,27 @@ def repaint(
   return run
 
 
-def _moves(steps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of every step down: the index of the time it starts from, and how many times the state then leaps back."""
+def _last_projected(operator: Operator, noise_std: Scalar, alpha: Array, sigma: Array) -> int:
+  """Index of the last time at which a measurement with noise still replaces anything."""
+  if not isinstance(noise_std, jax.core.Tracer) and noise_std == 0:
+    return len(sigma) - 1
+  with jax.ensure_compile_time_eval():
+    room = sigma - alpha * noise_level(operator, noise_std)
+  if isinstance(room, jax.core.Tracer):
+    raise ValueError("noise_std, and with noise the grid, must be known outside jit: the schedule depends on them")
+  return int(np.sum(np.asarray(room) >= 0)) - 1
+
+
+def moves(steps: int, resamplings: int, jump: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of every step down: the index of the time it starts from, and how many times the state then leaps back.
+
+  A stretch is walked once where it has no projection, that is where it begins at index `last` or after it.
+  """
   checks.whole("resamplings", resamplings, 1, "how often each stretch of the grid is walked")
   checks.whole("jump", jump, 1, "the steps of a stretch")
   if jump > steps:
     raise ValueError(f"jump must not be longer than the grid of {steps} steps, got {jump}")
-  left = {steps - k: resamplings - 1 for k in range(0, steps - jump + 1, jump)}
+  left = {k: resamplings - 1 for k in range(steps, jump - 1, -jump) if k - jump < last}
   start, leap, at = [], [], 0
   while at < steps:
     start.append(at)
