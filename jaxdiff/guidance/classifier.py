@@ -105,8 +105,8 @@ def mean_shift(log_prob: Callable[..., Array], scale: Scalar) -> Callable[..., S
     scale: gamma, at least 0.
 
   Returns:
-    shift(mean: [b, *d], variance: [b, *d], t_next: [b], **cond) -> [b, *d], a pytree if log_prob is one; one evaluation
-    of the classifier a step.
+    shift(mean: [b, *d], variance: [b, *d], t_next: [b], **cond) -> [b, *d], a pytree if log_prob is one. The sampler
+    counts one evaluation of it a step. It holds the classifier's parameters: make both inside the jitted function.
 
   Raises:
     ValueError, TypeError: as `classifier` does.
@@ -142,7 +142,8 @@ def log_probability(apply: Callable[..., Any], params: Params) -> _LogProbabilit
     params: its parameters, any pytree.
 
   Returns:
-    (x, t, **cond) -> `[b]`, a pytree; cond["label"]: integers `[b]` from 0. Labels beyond the classes give NaN.
+    (x, t, **cond) -> `[b]`, a pytree; cond["label"]: integers `[b]` from 0. Labels beyond the classes give NaN,
+    and a gradient of NaN.
 
   Raises:
     TypeError: if apply is no function; when called, for labels that are no integers.

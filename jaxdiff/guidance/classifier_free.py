@@ -12,12 +12,14 @@ data; rescaling takes it back to the spread that the conditional one has, over t
 Samples are not those of p_0(x) p_0(y | x)^gamma: the diffusion of that density has other scores at t > 0. For
 p_0(x | y) = N(m, v) and p_0(x) = N(0, V), that density has the gamma-weighted harmonic mean of the variances,
 1 / (gamma / v + (1 - gamma) / V), while the probability flow of (1) ends at the geometric one, v^gamma V^(1 - gamma),
-which is smaller for gamma > 1 and v < V: guided samples are less diverse than the exponent says.
+which is smaller for gamma > 1 and v < V: guided samples are less diverse than the exponent says. For gamma = 2, V = 1,
+v = 1/4 and m = 1: variance 1/7 and mean 8/7 of the density, 1/16 and 1.38 of the flow, 7/64 and 5/4 of the reverse SDE.
 
 References:
   Ho and Salimans 2022, Classifier-Free Diffusion Guidance, eq. 6, for (2); Saharia et al. 2022, Photorealistic
   Text-to-Image Diffusion Models with Deep Language Understanding, eq. 2, for (1); Lin et al. 2023, Common Diffusion
-  Noise Schedules and Sample Steps Are Flawed, Section 3.4, for (3), there of the output of the network.
+  Noise Schedules and Sample Steps Are Flawed, Section 3.4, for (3), there of the output of the network; Chidambaram et
+  al. 2024, What Does Guidance Do?, for what is sampled.
 """
 
 import functools

@@ -77,7 +77,9 @@ def classification(sde: ScalarSDE, time: times.Times = times.uniform(), t0: Scal
 
 
 def label_log_prob(logits: Float[Array, "..."], label: Integer[Array, " b"], x: State) -> Float[Array, " b"]:
-  """log softmax of the logits `[b, classes]` of a classifier of x at the labels, in nats; NaN for those beyond.
+  """log softmax of the logits `[b, classes]` of a classifier of x at the labels, in nats.
+
+  For labels beyond the classes it is NaN, and so is its gradient, which is all that guidance sees.
 
   Raises:
     ValueError: for logits of another shape.
@@ -86,7 +88,7 @@ def label_log_prob(logits: Float[Array, "..."], label: Integer[Array, " b"], x: 
     raise ValueError(f"a classifier must return logits [b, classes] for x {x.shape}; got {logits.shape}")
   known = (label >= 0) & (label < logits.shape[1])
   chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, label, 0)[:, None], axis=1)[:, 0]
-  return jnp.where(known, chosen, jnp.nan)
+  return chosen * jnp.where(known, 1.0, jnp.nan).astype(chosen.dtype)
 
 
 def label_of(cond: Cond) -> Integer[Array, " b"]:
