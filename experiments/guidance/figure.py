@@ -20,13 +20,18 @@ LINES = {
   "classifier": ("classifier", "tab:red", "^-"),
   "both": ("classifier beside the label", "tab:orange", "v--"),
 }
+STARTS = {"interval": {1}, "both": {1}, "classifier": {0}}  # scales at which they are the network of "free"
 
 
 def draw_row(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
   """Three panels of one data set."""
   held_out = next(row for row in rows if row["way"] == "held-out data")
   for way, (words, colour, style) in LINES.items():
-    of = sorted((row for row in rows if row["way"] == way), key=lambda row: row["scale"])
+    if not any(row["way"] == way for row in rows):
+      continue
+    start = STARTS.get(way, set())
+    of = [row for row in rows if row["way"] == way or (row["way"] == "free" and row["scale"] in start)]
+    of = sorted(of, key=lambda row: row["scale"])
     scales = [row["scale"] for row in of]
     column = lambda name, of=of: [row[name] for row in of]
     for axis, name in zip(axes, ("accuracy", "fd_cnn"), strict=False):
@@ -46,8 +51,8 @@ def draw_row(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
           color=colour,
         )
   axes[0].axhline(held_out["accuracy"], color="grey", linestyle=":", label="held-out data")
-  axes[0].set(ylabel=f"{title}\n\nright in the eyes of the judge", ylim=(0, 1.03))
-  axes[1].set(ylabel="FD-cnn to the training data", yscale="log")
+  axes[0].set(ylabel=f"{title}\n\nshare, as the judge sees it", ylim=(0, 1.03))
+  axes[1].set(ylabel="FD-cnn to the training data", ylim=0)
   axes[2].set(xlabel="recall (diversity)", ylabel="precision (quality)")
   for axis in axes[:2]:
     axis.set(xlabel="scale of guidance")
@@ -58,7 +63,11 @@ def main() -> None:
   for line, (name, title) in zip(axes, TITLES.items(), strict=True):
     rows = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     draw_row(line, title, rows)
-  for axis, title in zip(axes[0], ("Of their class", "Far from the data", "Quality against diversity"), strict=True):
+  for axis, title in zip(
+    axes[0],
+    ("Of the class they were told", "Far from the data", "Quality against diversity, by scale"),
+    strict=True,
+  ):
     axis.set_title(title)
   axes[0, 0].legend(fontsize=8)
   figure.savefig(HERE / "figure.png", dpi=90)

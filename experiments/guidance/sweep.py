@@ -41,16 +41,16 @@ from matplotlib import pyplot as plt
 
 WAYS = {
   "free": "classifier-free",
-  "interval": "classifier-free, only where 0.2 < sigma / alpha <= 5",
-  "classifier": "classifier, on the network without the label",
-  "both": "classifier, on the network with the label",
+  "interval": "the same in an interval",
+  "classifier": "classifier",
+  "both": "classifier beside the label",
 }
 SCALES = {
   "digits": {
     "free": (0, 0.5, 1, 1.5, 2, 3, 5, 8),
     "interval": (2, 3, 5, 8),
-    "classifier": (1, 1.5, 2, 3, 5, 8),
-    "both": (2, 5),
+    "classifier": (0.5, 1, 1.5, 2, 3, 5, 8),
+    "both": (2, 3, 5, 8),
   },
   "fashion": {"free": (0, 1, 2, 4), "classifier": (1, 2, 4)},
 }
@@ -147,19 +147,17 @@ def sweep(name: str, draw: Draw, measure: Callable[..., Any], levels: int) -> tu
 
 
 def save_picture(path: Path, samples: dict[Any, np.ndarray], levels: int) -> None:
-  """The first two samples of every class: a row for every way and some scales."""
-  ways = list(dict.fromkeys(way for way, _ in samples))
-  figure, axes = plt.subplots(len(ways), 1, figsize=(9, 2 * len(ways)), layout="constrained")
-  for axis, way in zip(axes, ways, strict=True):
-    scales = [scale for scale in SHOWN if (way, scale) in samples]
-    few = [samples[way, scale][:20] for scale in scales]
-    shown = tile(np.asarray(features.to_values(np.concatenate(few), levels)), 20)
-    axis.imshow(shown[..., 0], cmap="gray", interpolation="nearest")
-    height = few[0].shape[1] + 1
-    axis.set(xticks=[], yticks=[height * (k + 0.5) for k in range(len(few))], title=WAYS[way])
-    axis.set_yticklabels([f"scale {scale:g}" for scale in scales])
-    axis.tick_params(length=0)
-  figure.savefig(path, dpi=80)
+  """The first two samples of every class, of the same noise in all rows."""
+  rows = {f"{WAYS[way]}, {scale:g}": x[:20] for (way, scale), x in samples.items() if scale in SHOWN}
+  shown = tile(np.asarray(features.to_values(np.concatenate(list(rows.values())), levels)), 20)
+  figure, axis = plt.subplots(figsize=(11, 0.42 * len(rows)), layout="constrained")
+  axis.imshow(shown[..., 0], cmap="gray", interpolation="nearest")
+  height = shown.shape[0] / len(rows)
+  axis.set(xticks=[], yticks=[height * (k + 0.5) for k in range(len(rows))])
+  axis.set_yticklabels(rows, fontsize=8)
+  axis.tick_params(length=0)
+  axis.spines[:].set_visible(False)
+  figure.savefig(path, dpi=100)
 
 
 def main() -> None:
