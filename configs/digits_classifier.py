@@ -2,6 +2,15 @@
 
 jaxdiff train --config=configs/digits_classifier.py --workdir=runs/digits_classifier
 jaxdiff evaluate --workdir=runs/digits_classifier
+
+Measured on 2 CPU cores that other work shared (4 minutes for the 1500 steps, 7.5 steps/s): how often it is right on the
+360 held-out digits, and its cross-entropy in nats, where guessing gives 0.10 and 2.30.
+
+    log-SNR    10.4    4.3    2.2    0.2   -1.9   -3.9   -6.0
+    accuracy   0.99   0.99   0.98   0.80   0.33   0.16   0.11
+    nats       0.02   0.03   0.05   0.60   1.87   2.24   2.30
+
+What it guides is measured in experiments/guidance.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,10 @@
 
 jaxdiff train --config=configs/digits_labels.py --workdir=runs/digits_labels
 jaxdiff sample --workdir=runs/digits_labels
+
+Measured on 2 CPU cores that other work shared: 1200 steps of 658,497 parameters in 4.5 minutes. An independent
+classifier finds 96.0 +- 0.6 % of 1000 samples to be of the class they were told, and 99.8 +- 0.1 % with classifier-free
+guidance of scale 2: see experiments/guidance.
 """
 
 from ml_collections import ConfigDict

@@ -52,7 +52,7 @@ SCALES = {
     "classifier": (0.5, 1, 1.5, 2, 3, 5, 8),
     "both": (2, 3, 5, 8),
   },
-  "fashion": {"free": (0, 1, 2, 4), "classifier": (1, 2, 4)},
+  "fashion": {"free": (0, 1, 2, 4), "classifier": (1, 2, 4, 8)},
 }
 NUMBER = {"digits": 1000, "fashion": 250}
 SHOWN = (0, 1, 2, 4, 5)

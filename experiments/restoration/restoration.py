@@ -158,7 +158,7 @@ def main() -> None:
       report(task, x, rows[method], method, evaluations)
     rows["again"] = restore(task, sde, score, x[:COLUMNS], "PiGDM", seed=1)[0]
     show(axis, task, {words: rows[words] for words in ORDER if words in rows})
-  figure.savefig(options.out / f"{options.name}.png", dpi=100)
+  figure.savefig(options.out / f"{options.name}.png", dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":
