@@ -55,7 +55,7 @@ SCALES = {
   "fashion": {"free": (0, 1, 2, 4), "classifier": (1, 2, 4, 8)},
 }
 NUMBER = {"digits": 1000, "fashion": 250}
-SHOWN = (0, 1, 2, 4, 5)
+SHOWN = (0, 1, 2, 4, 8)
 LOW, HIGH = 0.2, 5.0
 STEPS, BATCH, REFERENCE, BOOTSTRAPS = 20, 250, 10_000, 20
 FEATURES_SEED, JUDGE_SEED = 0, 1
@@ -157,7 +157,7 @@ def save_picture(path: Path, samples: dict[Any, np.ndarray], levels: int) -> Non
   axis.set_yticklabels(rows, fontsize=8)
   axis.tick_params(length=0)
   axis.spines[:].set_visible(False)
-  figure.savefig(path, dpi=100)
+  figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def main() -> None:
