@@ -19,6 +19,7 @@ pytestmark = pytest.mark.standard_promotion
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SHAPES = {
   "fashion_mnist_vp": (28, 28, 1),
+  "fashion_mnist_labels": (28, 28, 1),
   "emoji64": (64, 64, 3),
   "emoji64_text": (32, 32, 3),
   "emoji32_colorization": (32, 32, 3),
@@ -27,7 +28,12 @@ SHAPES = {
   "imagenet64": (64, 64, 3),
 }
 MILLIONS = {"fashion_mnist_vp": 6.5, "emoji64": 48.2, "cifar10_vp": 35.7, "imagenet64": 295.1}
-MILLIONS |= {"emoji64_text": 1.52, "emoji32_colorization": 0.61, "emoji32_superresolution": 0.61}
+MILLIONS |= {
+  "emoji64_text": 1.52,
+  "emoji32_colorization": 0.61,
+  "emoji32_superresolution": 0.61,
+  "fashion_mnist_labels": 0.66,
+}
 SMALL = (
   "--config.network.channels=8",
   "--config.network.channel_multipliers=(1,1)",

@@ -13,10 +13,11 @@ from jaxdiff import components, factory, objectives, options, schema
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
+from jaxdiff.models import conditioning
 
 pytestmark = pytest.mark.standard_promotion
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-ON_DISK = ("fashion_mnist_vp", "fashion_mnist_classifier", "cifar10_vp", "imagenet64")  # and all of emoji
+ON_DISK = ("fashion_mnist", "cifar10_vp", "imagenet64")  # and all of emoji
 
 
 def load(path):
@@ -50,7 +51,12 @@ def test_every_shipped_config_builds(path):
   source = factory.make_source(config, "train")
   params = factory.init_params(config, source)
   x, t = jnp.zeros((2, *source.shape)), jnp.full(2, 0.5)
-  assert factory.make_score(config)(params)(x, t).shape == x.shape
+  network = factory.make_network(config)
+  cond = conditioning.nothing(getattr(network, "conditions", {}), x)
+  if schema.is_classifier(config):
+    assert network.apply(params, x, t, **cond).shape == (2, network.classes)
+  else:
+    assert factory.make_score(config)(params)(x, t, **cond).shape == x.shape
   assert "jaxdiff train --config=configs/" in pathlib.Path(path).read_text()
 
 
