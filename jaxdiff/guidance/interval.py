@@ -81,7 +81,11 @@ def check_scale(name: str, value: Any, functions: bool = True) -> None:
       f"{name} must be one number for all examples, got shape {jnp.shape(value)}: for one of each example map over "
       "them, jax.vmap of a function that guides and samples one"
     )
-  if not isinstance(value, jax.core.Tracer) and not float(value) >= 0:
+  if isinstance(value, jax.core.Tracer):
+    return
+  if isinstance(value, str) or not jnp.isrealobj(value):
+    raise TypeError(f"{name} must be a number, got {value!r}")
+  if not 0 <= float(value) < float("inf"):
     raise ValueError(f"{name} must be at least 0, got {value}: to be led away from a condition, use it as the null")
 
 

@@ -142,7 +142,8 @@ def reconstruction(score: ScoreFn, operator: Operator, weight: Scalar, sde: Scal
   Args:
     score: from `jd.score_fn`, or any score of a process.
     operator: A.
-    weight: w_r of the paper, which has values above 1; 0 is no guidance.
+    weight: w_r of the paper, which has values above 1; 0 is no guidance. It counts |A|^2 times: where the gain of A is
+      above 1, scale it and y down, or few steps run away.
     sde: the process, for a score that does not have it as `.sde`.
 
   Returns:

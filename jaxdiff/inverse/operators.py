@@ -324,7 +324,7 @@ def operator(apply: Callable[..., Array], shape: tuple[int, ...], conditions: tu
     An `Operator`. The gradients end at a relative residual of 1e-6, or after 200 steps; one above 1e-3 gives NaN.
 
   Raises:
-    TypeError: when called, by JAX, for a function that is not linear.
+    TypeError: for a function that is not linear, or not for this shape; where it takes conditions, when called.
 
   Example:
     >>> import jax.numpy as jnp, jaxdiff as jd
@@ -333,6 +333,8 @@ def operator(apply: Callable[..., Array], shape: tuple[int, ...], conditions: tu
     [[-1.0, 1.0, 0.0]]
   """
   checks.made("apply", apply)
+  if not conditions:
+    _check_linear(apply, tuple(shape))
 
   def adjoint(y: Array, **own: Array) -> Array:
     image = jax.ShapeDtypeStruct((len(y), *shape), y.dtype)
@@ -351,6 +353,21 @@ def operator(apply: Callable[..., Array], shape: tuple[int, ...], conditions: tu
     return jax.vmap(one)(r, jnp.broadcast_to(jnp.asarray(ratio, r.dtype), r.shape[:1]), own)
 
   return Operator(apply, adjoint, solve, tuple(conditions))
+
+
+def _check_linear(apply: Callable[..., Array], shape: tuple[int, ...]) -> None:
+  image = jax.ShapeDtypeStruct((1, *shape), jnp.result_type(float))
+  try:
+    y = jax.eval_shape(apply, image)
+    jax.eval_shape(jax.linear_transpose(apply, image), y)
+  except (TypeError, ValueError, NotImplementedError) as error:
+    raise TypeError(f"apply must be a linear function of images {shape}, the shape of one: {error}") from error
+  nothing = apply(jnp.zeros(image.shape, image.dtype))
+  if not isinstance(nothing, jax.core.Tracer) and jnp.any(nothing != 0):
+    raise TypeError(
+      f"apply must be linear, but A 0 is not 0: it has values up to {float(jnp.max(jnp.abs(nothing))):.3g}; subtract "
+      "them from the measurement"
+    )
 
 
 def _conjugate_gradients(normal: Callable[[Array], Array], due: Array) -> Array:

@@ -34,6 +34,8 @@ from jaxdiff.typing import NO_COND, Cond, Keys, Sample, Scalar, ScoreFn, State
 
 # Data folded into a step's key for the noise of (1): a count that no draw of a sampler from that key reaches.
 KNOWN_NOISE = 2**31 - 2
+# By which share of its size what was measured may differ from the measurement at the end.
+_OFF = 1e-2
 
 
 class Projection:
@@ -56,7 +58,12 @@ class Projection:
     return jnp.where(room >= 0, rest + pseudo_inverse(self.operator, known, self.own), x)
 
   def at_data(self, x: State) -> State:
-    return self(x, None, 1.0, 0.0)
+    """Eq. (3); NaN where it fails: by rounding, if the sampler has left all bounds."""
+    put = self(x, None, 1.0, 0.0)
+    size = lambda x: jnp.sqrt(jnp.sum(self.operator.apply(x, **self.own) ** 2, axis=range(1, self.y.ndim)))
+    known = pseudo_inverse(self.operator, self.y, self.own)
+    obeys = (size(put - known) <= _OFF * (size(known) + size(jnp.abs(put)))) | (self.level > 0)
+    return jnp.where(obeys.reshape(-1, *(1,) * (x.ndim - 1)), put, jnp.nan)
 
 
 def projected(sampler: FixedGrid, operator: Operator, noise_std: Scalar = 0.0) -> Any:
