@@ -32,8 +32,8 @@ def trained(name, workdir, steps):
 def test_guided_digits_are_of_their_class(tmp_path):
   """A judge that has seen clean images alone finds the class of guided samples.
 
-  Measured, as shares of 300 samples: label 0.847, classifier-free 0.990, no label 0.083, classifier 0.920; six minutes on
-  two cores with a load of nine.
+  Measured, as shares of 300 samples: label 0.847, classifier-free 0.990, no label 0.083, classifier 0.920. Six
+  minutes on two cores with a load of nine.
   """
   config, params = trained("digits_labels", tmp_path / "labels", 400)
   noisy_config, noisy = trained("digits_classifier", tmp_path / "classifier", 500)
