@@ -5,9 +5,9 @@
     jaxdiff train --config=configs/fashion_mnist_labels.py --workdir=runs/fashion_mnist_labels
     jaxdiff sample --workdir=runs/fashion_mnist_labels
 
-Data elsewhere: --config.data.path=DIR. As measured on 2 CPU cores that other work shared (0.65 core-seconds a step of
-657,729 parameters: 22 minutes of one core for the 2000 steps): after 1000 steps, 32,000 images, the loss was 0.111 per
-dimension and still falling, and an independent classifier, right on 87 +- 2 % of held-out images, found 75 +- 3 % of
+Data elsewhere: --config.data.path=DIR. What was measured, on 2 CPU cores that other work shared: 657,729 parameters,
+0.65 s of one core a step, 22 minutes of it for the 2000 steps. After 1000 steps, 32,000 images, the loss was 0.111
+per dimension and still falling. An independent classifier, right on 87 +- 2 % of held-out images, found 75 +- 3 % of
 250 samples to be of the class they were told, 88 +- 2 % with classifier-free guidance of scale 2: see
 experiments/guidance.
 """
