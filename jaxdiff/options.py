@@ -113,14 +113,14 @@ def guidance(config: Config) -> GuidanceSettings:
   return settings
 
 
-_OF_TASK = {"mask": "inpaint", "blur": "deblur", "factor": "superres", "strength": "sdedit"}
+OF_TASK = {"mask": "inpaint", "blur": "deblur", "factor": "superres", "strength": "sdedit"}
 
 
 def edit(config: Config) -> EditSettings:
   """The section `edit`, its numbers in range and all that is given of use to the task."""
   section = config.get("edit", {})
   settings = schema.component("edit", section)
-  for name, task in _OF_TASK.items():
+  for name, task in OF_TASK.items():
     if section.get(name) is not None and settings.task != task:
       raise ConfigError(f"config.edit.{name} is of --task={task}, and this is {settings.task}: leave it out")
   if settings.task == "sdedit" and (of_others := [name for name in ("method", "noise", "degrade") if name in section]):

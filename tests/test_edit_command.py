@@ -1,5 +1,8 @@
 """The command edit, with exact networks of normal distributions: what it writes, and what it refuses."""
 
+import json
+import re
+
 import exact_runs
 import jax.numpy as jnp
 import numpy as np
@@ -79,8 +82,8 @@ def test_inpainting_keeps_what_is_known_and_does_not_see_what_is_hidden(folder, 
   """What it paints is of the class that the known pixels are of."""
   flags = ["--task=inpaint", f"--mask={folder / 'mask.png'}", "--num=8"]
   written, picture = edit(folder / "plain", f"--input={folder / 'several'}", *flags)
-  known = np.broadcast_to(written["mask"][0], SHAPE)
-  assert written["mask"].shape == (2, *SHAPE[:2], 1)
+  known = np.broadcast_to(written["known"][0], SHAPE)
+  assert written["known"].shape == (2, *SHAPE[:2], 1)
   for result in written["x"].reshape(-1, *SHAPE):
     np.testing.assert_array_equal(result[known], written["input"][0][known])
   np.testing.assert_array_equal(written["measurement"][0], written["measurement"][1])
@@ -96,7 +99,13 @@ def test_inpainting_keeps_what_is_known_and_does_not_see_what_is_hidden(folder, 
   assert set(shown[:, 1, :, 2:].ravel().tolist()) == {128}
   np.testing.assert_array_equal(shown[1, 2:], np.asarray(to_uint8(jnp.asarray(written["x"][1]))))
   out, err = capsys.readouterr()
-  assert err == "inpaint of 2 images from step 0 by ddim\n13 network evaluations a result\n"
+  assert err.splitlines() == [
+    *("inpaint of 2 images from step 0 by ddim", "13 network evaluations a result"),
+    "edit.png, a row for each image: input, what is known, 8 results",
+  ]
+  settings = json.loads(str(written["settings"]))
+  assert [settings[name] for name in ("task", "method", "seed", "noise")] == ["inpaint", "pigdm", 0, 0.0]
+  assert "strength" not in settings
   assert out.splitlines() == [str(folder / "plain" / "edit.png"), str(folder / "plain" / "edit.npz")]
   again, _ = edit(folder / "plain", f"--input={folder / 'several' / 'a.png'}", *flags)
   np.testing.assert_allclose(again["x"][0], written["x"][0], atol=1e-5)
@@ -148,7 +157,7 @@ def test_sdedit_keeps_what_the_noise_does_not_hide(folder, capsys):
   np.testing.assert_allclose(whole["x"].mean(), MEANS[0], atol=5 * SPREAD / np.sqrt(8 * 96))
   assert near["nfe"].tolist() == [[4] * 8] * 2
   assert whole["nfe"].tolist() == [[13] * 8]
-  assert sorted(near) == ["input", "label", "nfe", "x"]
+  assert sorted(near) == ["input", "label", "nfe", "settings", "x"]
   np.testing.assert_array_equal(tiles(picture, 9)[0, 0], np.asarray(Image.open(folder / "clean.png")))
 
 
@@ -168,8 +177,23 @@ def test_images_of_another_size_are_resized_with_their_masks(folder):
   plain, _ = edit(folder / "plain", *flags, f"--input={folder / 'clean.png'}", f"--mask={folder / 'mask.png'}")
   large = [f"--input={folder / 'large.png'}", f"--mask={folder / 'large_mask.png'}", "--resize"]
   resized, _ = edit(folder / "plain", *flags, *large)
-  for name in ("input", "mask", "x"):
+  for name in ("input", "known", "x"):
     np.testing.assert_array_equal(resized[name], plain[name])
+
+
+def test_results_far_outside_of_images_are_told_with_a_remedy(folder, capsys):
+  """Stripes were never blurred by so much: what would look so after a blur has far larger values."""
+  stripes = np.where(np.arange(4) % 2, 255, 0).astype(np.uint8) * np.ones(SHAPE, np.uint8).transpose(0, 2, 1)
+  Image.fromarray(stripes.transpose(0, 2, 1)).save(folder / "stripes.png")
+  flags = ["--task=deblur", "--blur=1.5", f"--input={folder / 'stripes.png'}", "--num=1", "--noise=0"]
+  edit(folder / "plain", *flags)
+  error = capsys.readouterr().err
+  assert re.search(r"jaxdiff: warning: \d+% of the values lie outside \[-1.5, 1.5\]", error)
+  assert "the input is probably not blurred by so much; try a lower --blur than 1.5" in error
+  edit(folder / "plain", *flags, "--degrade")
+  assert "warning" not in capsys.readouterr().err
+  cli.main(["sample", f"--workdir={folder / 'labels'}", "--label=2", "--guidance=40"])
+  assert re.search(r"warning: \d+% of the values .* try a lower --guidance, or", capsys.readouterr().err)
 
 
 def test_the_blur_is_gaussian_and_the_rounding_of_its_result_is_noise(folder):

@@ -111,12 +111,21 @@ def test_guidance_of_one_is_the_conditional_model_bit_for_bit(folder):
   np.testing.assert_array_equal(plain["nfe"], one["nfe"])
 
 
-def test_all_ways_of_guidance_are_one_where_the_networks_are_exact(folder):
+def test_all_ways_of_guidance_are_one_where_the_networks_are_exact(folder, capsys):
   """2 s(x|y) - s(x), by conditions, by a weaker model and, s(x|y) + grad log p(y|x), by a classifier."""
   flags = ["--label=2,1"]
   free = sample(folder / "labels", *flags, "--guidance=2")
   weak = sample(folder / "labels", *flags, "--guidance=2", f"--weak={folder / 'plain'}")
   led = sample(folder / "labels", *flags, f"--classifier={folder / 'classifier'}")
+  lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("guided: ")]
+  assert lines == [
+    "guided: classifier-free, scale 2",
+    f"guided: by the weaker model {folder / 'plain'}, scale 2",
+    f"guided: by the classifier {folder / 'classifier'}, scale 1",
+  ]
+  settings = json.loads(str(weak["settings"]))
+  assert settings["label"] == [2, 1]
+  assert settings["guidance"]["weak"] == str(folder / "plain")
   params = {"params": {"means": jnp.asarray(MEANS)}}
   config = factory.read(folder / "labels" / "config.json")
   cond = {"label": jnp.asarray(free["label"])}

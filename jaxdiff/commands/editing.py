@@ -1,5 +1,6 @@
 """The command `edit`: images painted in, coloured, enlarged, deblurred or changed by a trained model."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxdiff.models import conditioning
 from jaxdiff.schema import Config, ConfigError, EditSettings
 
 _NAMES = ("input", "measurement", "mask")  # what a sampler is told and no score
+_WRITTEN = {"mask": "known"}  # True there; of the images of --mask the contrary
 
 
 def edit(config: Config, workdir: Path) -> None:
@@ -37,6 +39,7 @@ def edit(config: Config, workdir: Path) -> None:
   rows = count * settings.num
   size = min(sampling.batch_size, -(-rows // mesh.size) * mesh.size)
   console.say(f"{settings.task} of {count} images from step {step} by {config['sampler']['type']}")
+  guiding.say(plan)
   drawn = runs.draw(
     *(guided.score, guided.params, process, sampler, source.shape, rows, size, settings.seed, mesh),
     _given(config, plan, problem, settings.num, source.shape),
@@ -45,13 +48,38 @@ def edit(config: Config, workdir: Path) -> None:
   if not console.first_process():
     return
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a result")
+  console.warn_far(source, drawn["x"], _remedy(settings, plan))
   x, nfe = (drawn[name].reshape(count, settings.num, *drawn[name].shape[1:]) for name in ("x", "nfe"))
   told = {name: value[np.arange(settings.num) % len(value)] for name, value in plan.told.written.items()}
-  arrays = {"input": problem.columns[0], **problem.cond, "x": x, "nfe": nfe, **told}
+  cond = {_WRITTEN.get(name, name): value for name, value in problem.cond.items()}
+  how = {"checkpoint_step": step, "sampler": config["sampler"], **_used(settings, problem), **plan.written()}
+  arrays = {"input": problem.columns[0], **cond, "x": x, "nfe": nfe, **told, "settings": console.as_text(how)}
   np.savez_compressed(workdir / "edit.npz", allow_pickle=False, **arrays)
   shown = np.concatenate([np.stack(problem.columns, axis=1), x], axis=1)
   pictures.save_grid(workdir / "edit.png", shown.reshape(-1, *source.shape), columns=shown.shape[1])
+  known = "what is known, " if len(problem.columns) > 1 else ""
+  results = f"{settings.num} result{'s' if settings.num > 1 else ''}"
+  console.say(f"edit.png, a row for each image: input, {known}{results}")
   console.list_files(workdir, "edit.png", "edit.npz")
+
+
+def _used(settings: EditSettings, problem: problems.Problem) -> dict[str, Any]:
+  """The settings of the task, without those of others."""
+  unused = {name for name, task in options.OF_TASK.items() if task != settings.task}
+  unused |= {"method", "noise", "degrade"} if settings.task == "sdedit" else set()
+  unused |= set() if settings.degrade else {"factor"}
+  fields = dataclasses.asdict(settings) | {"noise": problem.noise}
+  return {name: value for name, value in fields.items() if name not in unused}
+
+
+def _remedy(settings: EditSettings, plan: guiding.Plan) -> str:
+  """What is likely to help where results lie far outside of the range of images."""
+  if settings.task == "deblur" and not settings.degrade:
+    return (
+      f"the input is probably not blurred by so much; try a lower --blur than {settings.blur:g}, a larger --noise, or "
+      "--degrade, which blurs it first"
+    )
+  return "try a lower --guidance" if plan.line() else "try more --steps, or another --method or --sampler"
 
 
 def _check_told(config: Config, plan: guiding.Plan) -> None:
