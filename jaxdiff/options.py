@@ -27,6 +27,8 @@ from jaxdiff.schema import (
 )
 from jaxdiff.training import ema
 
+INTERVAL = "config.guidance.interval must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH; got {}"
+
 
 def is_flow(config: Config) -> bool:
   """Whether the run is of a normalizing flow: its network is a vector field, and there are no scores and no noise."""
@@ -95,9 +97,7 @@ def guidance(config: Config) -> GuidanceSettings:
       f"config.guidance.scale must be at least 0, got {scale}: 1 is the conditional model, more is more guidance"
     )
   if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-    raise ConfigError(
-      f"config.guidance.interval must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH; got {interval}"
-    )
+    raise ConfigError(INTERVAL.format(interval))
   if not 0 <= settings.rescale <= 1:
     raise ConfigError(f"config.guidance.rescale must be in [0, 1], got {settings.rescale}")
   if settings.classifier is not None and settings.weak is not None:

@@ -115,6 +115,8 @@ def evaluate(config: Config, workdir: Path) -> None:
   _check_enough(settings, len(train["x"]), len(unseen))
   console.say(f"evaluating {settings.num} samples from step {step}")
   guiding.say(plan)
+  if options.sample(config).label != ():
+    console.say("samples of these labels are measured against data of all labels")
   chosen = _features(settings, train, source.levels)
   drawn, identity = _draw_in_chunks(config, settings, plan, source, params, workdir / "evaluation", mesh)
   x = features.to_levels(drawn["x"], source.levels)

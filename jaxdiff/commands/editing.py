@@ -1,6 +1,7 @@
 """The command `edit`: images painted in, coloured, enlarged, deblurred or changed by a trained model."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,15 +104,18 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
   """The sampler of the run, made to keep to what is known, or to start in its middle."""
   sampler: Any = factory.make_sampler(config, process)
   if problem.operator is not None:
+    _check_method(config, settings, problem)
     given = {"sampler": sampler, "operator": problem.operator, "noise_std": problem.noise, "method": settings.method}
     return schema.construct(inverse.restoration, {}, "edit", sde=process, **given)
   section = config["sampler"]
-  if "grid" not in schema.subsections("sampler", section):
+  if not _on_grid(section):
     raise ConfigError(
       f"config.sampler.type = {section['type']!r} has no grid of steps, in the middle of which sdedit starts: take "
       "another one, such as --sampler=dpm_solver_pp --steps=50"
     )
-  ts = editing.lower_part(schema.component("sampler.grid", section.get("grid", {}), sde=process), settings.strength)
+  grid = schema.component("sampler.grid", section.get("grid", {}), sde=process)
+  _check_strength(settings.strength, len(grid) - 1)
+  ts = editing.lower_part(grid, settings.strength)
   sampler = factory.make_sampler(config, process, ts=ts)
   editor = schema.construct(editing.sdedit, {}, "edit", sampler=sampler)
   level = float(np.exp(-0.5 * sde.log_snr(process, sampler.ts[0])))
@@ -121,6 +125,34 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
     return editor(key, cond["input"], score, {name: value for name, value in cond.items() if name != "input"})
 
   return run
+
+
+def _on_grid(sampler: Config) -> bool:
+  return "grid" in schema.subsections("sampler", sampler)
+
+
+def _check_method(config: Config, settings: EditSettings, problem: problems.Problem) -> None:
+  """Refuse a method that does not go with the sampler or with noise."""
+  section, method = config["sampler"], settings.method
+  if method in ("dps", "projection", "repaint") and not _on_grid(section):
+    raise ConfigError(
+      f"--method={method} needs a sampler on a grid of steps, which config.sampler.type = {section['type']!r} has not: "
+      "take --sampler=ancestral or ddim"
+    )
+  if settings.task == "deblur" and method in ("projection", "repaint") and problem.noise:
+    usual = "1/255 where it is not given" if settings.noise is None else f"{settings.noise:g}"
+    raise ConfigError(
+      f"--method={method} with --task=deblur takes no noise, and --noise is {usual}: add --noise=0, or take "
+      "--method=pigdm or dps"
+    )
+
+
+def _check_strength(strength: float, steps: int) -> None:
+  if strength * steps < 1 - 1e-6:
+    least = math.ceil(1e4 / steps) / 1e4
+    raise ConfigError(
+      f"config.edit.strength = {strength:g} of {steps} steps is less than one: take at least {least:g}, or more --steps"
+    )
 
 
 def _given(
