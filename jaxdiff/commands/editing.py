@@ -104,11 +104,11 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
   """The sampler of the run, made to keep to what is known, or to start in its middle."""
   sampler: Any = factory.make_sampler(config, process)
   if problem.operator is not None:
-    _check_method(config, settings, problem)
+    _check_method(config, settings, problem, hasattr(sampler, "ts"))
     given = {"sampler": sampler, "operator": problem.operator, "noise_std": problem.noise, "method": settings.method}
     return schema.construct(inverse.restoration, {}, "edit", sde=process, **given)
   section = config["sampler"]
-  if not _on_grid(section):
+  if "grid" not in schema.subsections("sampler", section):
     raise ConfigError(
       f"config.sampler.type = {section['type']!r} has no grid of steps, in the middle of which sdedit starts: take "
       "another one, such as --sampler=dpm_solver_pp --steps=50"
@@ -127,14 +127,10 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
   return run
 
 
-def _on_grid(sampler: Config) -> bool:
-  return "grid" in schema.subsections("sampler", sampler)
-
-
-def _check_method(config: Config, settings: EditSettings, problem: problems.Problem) -> None:
+def _check_method(config: Config, settings: EditSettings, problem: problems.Problem, on_grid: bool) -> None:
   """Refuse a method that does not go with the sampler or with noise."""
   section, method = config["sampler"], settings.method
-  if method in ("dps", "projection", "repaint") and not _on_grid(section):
+  if method in ("dps", "projection", "repaint") and not on_grid:
     raise ConfigError(
       f"--method={method} needs a sampler on a grid of steps, which config.sampler.type = {section['type']!r} has not: "
       "take --sampler=ancestral or ddim"
