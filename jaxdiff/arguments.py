@@ -7,11 +7,12 @@ import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
 from jaxdiff import factory, schema
+from jaxdiff.options import INTERVAL
 from jaxdiff.schema import Config, ConfigError
 
 _TOLD = {"--label": "sample.label", "--prompt": "sample.prompt", "--guidance": "guidance.scale"} | {
@@ -139,9 +140,18 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
     )
   short = _short(command)
   texts = {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
+  if command == "edit" and (missing := _missing(config, texts)):
+    raise ConfigError(f"edit needs {' and '.join(missing)}")
   if command == "likelihood" and any(path.split(".")[0] == "guidance" for path in texts):
     raise ConfigError("config.guidance is of samples: the likelihood is that of the model without it, so leave it out")
   return override(config, texts), workdir
+
+
+def _missing(config: Config, texts: Mapping[str, str]) -> list[str]:
+  """The flags that edit cannot do without, where neither they nor the config say it."""
+  *tasks, last = get_args(schema.EditSettings.__annotations__["task"])
+  needed = {"task": f"--task={', '.join(tasks)} or {last}", "input": "--input=PATH, images to start from"}
+  return [text for name, text in needed.items() if f"edit.{name}" not in texts and name not in config.get("edit", {})]
 
 
 def transfer(command: str, argv: list[str]) -> tuple[Path, Path, dict[str, str]]:
@@ -341,5 +351,7 @@ def _value(path: str, text: str, annotation: Any) -> Any:
   value = tuple(value) if isinstance(value, list) else value
   if not schema.fits(value, annotation) and schema.fits(text, annotation):
     value = text
+  if path == "guidance.interval" and not schema.fits(value, annotation):
+    raise ConfigError(INTERVAL.format(text))
   schema.check_type(path, value, annotation)
   return value

@@ -23,10 +23,12 @@ USAGE = """usage: jaxdiff COMMAND --workdir=DIR [--config=FILE] [--config.field=
                --classifier=DIR, another run, gamma times the gradient of its log p(y|x), 1 by default; with --weak=DIR,
                a weaker model, gamma s + (1 - gamma) s_weak; --interval=0.2,5: where sigma / alpha is above the first
                and up to the second alone; --rescale=0.7: as much of the spread of the conditional prediction
-  edit         what the model makes of images: edit.png, a row for each, edit.npz; --input=PATH is an image, a folder of
-               them or an .npz file with x; --num=4 --seed=1, and those of sample but --gif. --task=inpaint --mask=PATH:
-               white is painted anew; =colorize: of what is grey; =superres: of smaller images; =deblur: what a Gaussian
-               of --blur=1 pixels has blurred; =sdedit: noised and sampled again, --strength=0.6 of the steps.
+  edit         what the model makes of images: edit.png, a row for each; edit.npz, x [image, result, h, w, c]; needs
+               --input=PATH, an image, a folder of them or an .npz file with x [n, h, w, c], floats in [-1, 1] or
+               integers of the model's levels, and --task; --num=4 --seed=1, and those of sample but --gif.
+               --task=inpaint --mask=PATH: white is painted anew, and of the size of the input before --resize;
+               =colorize: of what is grey; =superres: of smaller images; =deblur: what a Gaussian of --blur=1 pixels has
+               blurred; =sdedit: noised and sampled again, --strength=0.6 of the steps.
                --degrade: the images are clean, to be degraded first (--factor=2 for superres); --noise=0.1 of what is
                known, in [-1, 1]; --method=pigdm, reconstruction, dps, projection or repaint; --resize: images are
                cropped around the centre and resized by area averages, masks by the nearest pixel

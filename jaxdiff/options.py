@@ -27,6 +27,8 @@ from jaxdiff.schema import (
 )
 from jaxdiff.training import ema
 
+INTERVAL = "config.guidance.interval must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH; got {}"
+
 
 def is_flow(config: Config) -> bool:
   """Whether the run is of a normalizing flow: its network is a vector field, and there are no scores and no noise."""
@@ -95,9 +97,7 @@ def guidance(config: Config) -> GuidanceSettings:
       f"config.guidance.scale must be at least 0, got {scale}: 1 is the conditional model, more is more guidance"
     )
   if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-    raise ConfigError(
-      f"config.guidance.interval must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH; got {interval}"
-    )
+    raise ConfigError(INTERVAL.format(interval))
   if not 0 <= settings.rescale <= 1:
     raise ConfigError(f"config.guidance.rescale must be in [0, 1], got {settings.rescale}")
   if settings.classifier is not None and settings.weak is not None:
@@ -113,14 +113,14 @@ def guidance(config: Config) -> GuidanceSettings:
   return settings
 
 
-_OF_TASK = {"mask": "inpaint", "blur": "deblur", "factor": "superres", "strength": "sdedit"}
+OF_TASK = {"mask": "inpaint", "blur": "deblur", "factor": "superres", "strength": "sdedit"}
 
 
 def edit(config: Config) -> EditSettings:
   """The section `edit`, its numbers in range and all that is given of use to the task."""
   section = config.get("edit", {})
   settings = schema.component("edit", section)
-  for name, task in _OF_TASK.items():
+  for name, task in OF_TASK.items():
     if section.get(name) is not None and settings.task != task:
       raise ConfigError(f"config.edit.{name} is of --task={task}, and this is {settings.task}: leave it out")
   if settings.task == "sdedit" and (of_others := [name for name in ("method", "noise", "degrade") if name in section]):

@@ -1,5 +1,8 @@
 """The command edit, with exact networks of normal distributions: what it writes, and what it refuses."""
 
+import json
+import re
+
 import exact_runs
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +47,7 @@ def folder(tmp_path_factory):
   mask = np.zeros(SHAPE[:2], np.uint8)
   mask[:, 2:] = 255
   Image.fromarray(mask).save(folder / "mask.png")
+  Image.fromarray(0 * mask).save(folder / "black.png")
   Image.fromarray(mask).resize((40, 80), Image.Resampling.NEAREST).save(folder / "large_mask.png")
   spoiled = clean.copy()
   spoiled[:, 2:] = 7
@@ -79,8 +83,8 @@ def test_inpainting_keeps_what_is_known_and_does_not_see_what_is_hidden(folder, 
   """What it paints is of the class that the known pixels are of."""
   flags = ["--task=inpaint", f"--mask={folder / 'mask.png'}", "--num=8"]
   written, picture = edit(folder / "plain", f"--input={folder / 'several'}", *flags)
-  known = np.broadcast_to(written["mask"][0], SHAPE)
-  assert written["mask"].shape == (2, *SHAPE[:2], 1)
+  known = np.broadcast_to(written["known"][0], SHAPE)
+  assert written["known"].shape == (2, *SHAPE[:2], 1)
   for result in written["x"].reshape(-1, *SHAPE):
     np.testing.assert_array_equal(result[known], written["input"][0][known])
   np.testing.assert_array_equal(written["measurement"][0], written["measurement"][1])
@@ -96,7 +100,13 @@ def test_inpainting_keeps_what_is_known_and_does_not_see_what_is_hidden(folder, 
   assert set(shown[:, 1, :, 2:].ravel().tolist()) == {128}
   np.testing.assert_array_equal(shown[1, 2:], np.asarray(to_uint8(jnp.asarray(written["x"][1]))))
   out, err = capsys.readouterr()
-  assert err == "inpaint of 2 images from step 0 by ddim\n13 network evaluations a result\n"
+  assert err.splitlines() == [
+    *("inpaint of 2 images from step 0 by ddim", "13 network evaluations a result"),
+    "edit.png, a row for each image: input, what is known, 8 results",
+  ]
+  settings = json.loads(str(written["settings"]))
+  assert [settings[name] for name in ("task", "method", "seed", "noise")] == ["inpaint", "pigdm", 0, 0.0]
+  assert "strength" not in settings
   assert out.splitlines() == [str(folder / "plain" / "edit.png"), str(folder / "plain" / "edit.npz")]
   again, _ = edit(folder / "plain", f"--input={folder / 'several' / 'a.png'}", *flags)
   np.testing.assert_allclose(again["x"][0], written["x"][0], atol=1e-5)
@@ -148,7 +158,7 @@ def test_sdedit_keeps_what_the_noise_does_not_hide(folder, capsys):
   np.testing.assert_allclose(whole["x"].mean(), MEANS[0], atol=5 * SPREAD / np.sqrt(8 * 96))
   assert near["nfe"].tolist() == [[4] * 8] * 2
   assert whole["nfe"].tolist() == [[13] * 8]
-  assert sorted(near) == ["input", "label", "nfe", "x"]
+  assert sorted(near) == ["input", "label", "nfe", "settings", "x"]
   np.testing.assert_array_equal(tiles(picture, 9)[0, 0], np.asarray(Image.open(folder / "clean.png")))
 
 
@@ -168,8 +178,23 @@ def test_images_of_another_size_are_resized_with_their_masks(folder):
   plain, _ = edit(folder / "plain", *flags, f"--input={folder / 'clean.png'}", f"--mask={folder / 'mask.png'}")
   large = [f"--input={folder / 'large.png'}", f"--mask={folder / 'large_mask.png'}", "--resize"]
   resized, _ = edit(folder / "plain", *flags, *large)
-  for name in ("input", "mask", "x"):
+  for name in ("input", "known", "x"):
     np.testing.assert_array_equal(resized[name], plain[name])
+
+
+def test_results_far_outside_of_images_are_told_with_a_remedy(folder, capsys):
+  """Stripes were never blurred by so much: what would look so after a blur has far larger values."""
+  stripes = np.where(np.arange(4) % 2, 255, 0).astype(np.uint8) * np.ones(SHAPE, np.uint8).transpose(0, 2, 1)
+  Image.fromarray(stripes.transpose(0, 2, 1)).save(folder / "stripes.png")
+  flags = ["--task=deblur", "--blur=1.5", f"--input={folder / 'stripes.png'}", "--num=1", "--noise=0"]
+  edit(folder / "plain", *flags)
+  error = capsys.readouterr().err
+  assert re.search(r"jaxdiff: warning: \d+% of the values lie outside \[-1.5, 1.5\]", error)
+  assert "the input is probably not blurred by so much; try a lower --blur than 1.5" in error
+  edit(folder / "plain", *flags, "--degrade")
+  assert "warning" not in capsys.readouterr().err
+  cli.main(["sample", f"--workdir={folder / 'labels'}", "--label=2", "--guidance=1000"])
+  assert re.search(r"warning: \d+% of the values .* try a lower --guidance, or", capsys.readouterr().err)
 
 
 def test_the_blur_is_gaussian_and_the_rounding_of_its_result_is_noise(folder):
@@ -184,9 +209,9 @@ def test_the_blur_is_gaussian_and_the_rounding_of_its_result_is_noise(folder):
 
 BAD = [
   ("plain", "--task=paint --input={}/clean.png", "config.edit.task must be 'inpaint' or 'colorize' or"),
-  ("plain", "--task=sdedit", "config.edit needs a value for input"),
-  ("plain", "--input={}/clean.png", "config.edit needs a value for task"),
-  ("plain", "", "config.edit needs a value for task, input"),
+  ("plain", "--task=sdedit", "edit needs --input=PATH, images to start from"),
+  ("plain", "--input={}/clean.png", "edit needs --task=inpaint, colorize, superres, deblur or sdedit"),
+  ("plain", "", "superres, deblur or sdedit and --input=PATH"),
   ("plain", "--task=inpaint --input={}/clean.png", "--task=inpaint needs --mask=PATH"),
   ("plain", "--task=deblur --input={0}/clean.png --mask={0}/mask.png", "config.edit.mask is of --task=inpaint"),
   ("plain", "--task=deblur --input={}/clean.png --strength=0.5", "config.edit.strength is of --task=sdedit"),
@@ -220,7 +245,7 @@ BAD = [
   (
     "plain",
     "--task=inpaint --input={0}/large.png --mask={0}/mask.png --resize",
-    "give a mask of the size of the input",
+    "give a mask of the size that the input has",
   ),
   ("grey", "--task=colorize --input={}/clean.png --resize", "--task=colorize is for models of RGB images"),
   (
@@ -236,7 +261,13 @@ BAD = [
   ("labels", "--task=deblur --input={}/clean.png --label=3", "config.sample.label = 3 is no class of the model"),
   ("classifier", "--task=deblur --input={}/clean.png", "edit is for models that generate"),
   ("adaptive", "--task=sdedit --input={}/clean.png", "has no grid of steps, in the middle of which sdedit starts"),
-  ("adaptive", "--task=deblur --input={}/clean.png --method=repaint", "config.edit: sampler"),
+  ("adaptive", "--task=deblur --input={}/clean.png --method=repaint", "needs a sampler on a grid of steps"),
+  ("plain", "--task=deblur --input={}/clean.png --method=projection", "takes no noise, and --noise is 1/255 where it"),
+  ("plain", "--task=sdedit --input={}/clean.png --strength=0.05", "of 12 steps is less than one: take at least 0.0834"),
+  ("plain", "--task=inpaint --input={0}/clean.png --mask={0}/no.png", "exist: give an image or a folder of images\n"),
+  ("plain", "--task=inpaint --input={0}/clean.png --mask={0}/data.npz", "a mask is an image, white where to paint"),
+  ("plain", "--task=inpaint --input={0}/clean.png --mask={0}/black.png", "black.png is all black: white is painted"),
+  ("plain", "--task=inpaint --input={0}/large.png --mask={0}/black.png --resize", "has in its file, before --resize"),
   ("plain", "--task=deblur --input={}/clean.png --gif", "unexpected argument '--gif'"),
 ]
 
@@ -270,7 +301,7 @@ def test_arrays_and_images_are_read_as_the_model_sees_them(tmp_path):
   assert (inputs.read_inputs(tmp_path / "clear.png", 3, 256)[0].image > 0.99).all()  # on white
   for name, x, few, message in (
     ("wide", np.zeros((1, 2, 2, 4)), 4, "holds images of 4 channels, the model has 1"),
-    ("high", levels + 1, 4, "holds integers from 1 to 4, the model has 0 to 3"),
+    ("high", levels + 1, 4, "holds integers from 1 to 4, the model has 0 to 3: scale them to"),
     ("whole", levels, None, "holds integers, and the model is of real numbers"),
     ("far", np.full((1, 2, 2), 1.5), 4, r"must hold finite numbers in \[-1, 1\]"),
     ("nan", np.full((1, 2, 2), np.nan), None, "must hold finite numbers"),
@@ -279,6 +310,3 @@ def test_arrays_and_images_are_read_as_the_model_sees_them(tmp_path):
     np.savez(tmp_path / f"{name}.npz", x=x)
     with pytest.raises(ValueError, match=message):
       inputs.read_inputs(tmp_path / f"{name}.npz", 1, few)
-  Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "black.png")
-  with pytest.raises(ValueError, match="is all black: white is what is painted anew"):
-    inputs.read_masks(tmp_path / "black.png")

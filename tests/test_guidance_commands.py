@@ -85,6 +85,7 @@ BAD_TOLD = [
   (["plain", "--label=1"], "config.sample.label = 1 is for models that are told a class"),
   (["labels", "--prompt=cat"], "config.sample.prompt = 'cat' is for models that are told a text"),
   (["text", "--prompt=a long cat"], "has 10 bytes in UTF-8, of which the model reads 6: shorten it"),
+  (["text", f"--prompt={'cat' * 50}"], f"config.sample.prompt = '{'cat' * 13}... has 150 bytes"),
   (["text", "--prompt='a\\x00'"], "holds a NUL character"),
   (["text", "--label=1"], "none of the type 'label': leave it out, or guide by a classifier"),
 ]
@@ -111,12 +112,21 @@ def test_guidance_of_one_is_the_conditional_model_bit_for_bit(folder):
   np.testing.assert_array_equal(plain["nfe"], one["nfe"])
 
 
-def test_all_ways_of_guidance_are_one_where_the_networks_are_exact(folder):
+def test_all_ways_of_guidance_are_one_where_the_networks_are_exact(folder, capsys):
   """2 s(x|y) - s(x), by conditions, by a weaker model and, s(x|y) + grad log p(y|x), by a classifier."""
   flags = ["--label=2,1"]
   free = sample(folder / "labels", *flags, "--guidance=2")
   weak = sample(folder / "labels", *flags, "--guidance=2", f"--weak={folder / 'plain'}")
   led = sample(folder / "labels", *flags, f"--classifier={folder / 'classifier'}")
+  lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("guided: ")]
+  assert lines == [
+    "guided: classifier-free, scale 2",
+    f"guided: by the weaker model {folder / 'plain'}, scale 2",
+    f"guided: by the classifier {folder / 'classifier'}, scale 1",
+  ]
+  settings = json.loads(str(weak["settings"]))
+  assert settings["label"] == [2, 1]
+  assert settings["guidance"]["weak"] == str(folder / "plain")
   params = {"params": {"means": jnp.asarray(MEANS)}}
   config = factory.read(folder / "labels" / "config.json")
   cond = {"label": jnp.asarray(free["label"])}
@@ -174,7 +184,7 @@ BAD_GUIDANCE = [
   ("labels", "--guidance=strong", "config.guidance.scale must be a number or None, got 'strong'"),
   ("labels", "--guidance=nan", "config.guidance.scale must be"),
   ("labels", "--guidance=2 --interval=5,0.2", "must be LOW,HIGH, two values of sigma / alpha with 0 <= LOW < HIGH"),
-  ("labels", "--guidance=2 --interval=5", "config.guidance.interval must be a tuple of a number, got 5"),
+  ("labels", "--guidance=2 --interval=5", "config.guidance.interval must be LOW,HIGH, two values"),
   ("labels", "--guidance=2 --interval=1,2,3", "must be LOW,HIGH"),
   ("labels", "--interval=1,2", "config.guidance.interval needs a scale, such as --guidance=2"),
   ("labels", "--weak=.", "config.guidance.weak needs a scale"),
@@ -217,6 +227,7 @@ def test_what_evaluate_draws_is_told_and_led(folder, capsys, monkeypatch):
   for more in ([], [], ["--guidance=3"], ["--label=1"], ["--config.sample.threshold=static"]):
     cli.main(["evaluate", f"--workdir={folder / 'labels'}", *flags, *more])
   assert len(drawn) == 4
+  assert "samples of these labels are measured against data of all labels" in capsys.readouterr().err
   np.testing.assert_array_equal(drawn[0]["x"], sample(folder / "labels", "--label=2", "--guidance=2")["x"])
   report = json.loads((folder / "labels" / "evaluation.json").read_text())
   assert report["label"] == [2]

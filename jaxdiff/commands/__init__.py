@@ -2,6 +2,7 @@
 and the comparison of what was evaluated in several runs.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ def sample(config: Config, workdir: Path) -> None:
   guided = guiding.guided(config, plan, source, params)
   sampler, given = factory.make_sampler(config, process), factory.make_given(config, settings.split, plan.told.stated)
   console.say(f"sampling from step {step} by {config['sampler']['type']}")
+  guiding.say(plan)
   drawn = runs.draw(
     *(guided.score, guided.params, process, sampler, source.shape),
     *(settings.num, settings.batch_size, settings.seed, mesh, given),
@@ -46,10 +48,17 @@ def sample(config: Config, workdir: Path) -> None:
   arrays |= {name: values[numbers % len(values)] for name, values in plan.told.written.items()}
   if given is not None and given.source is not None:
     arrays["example"] = numbers % len(given.source)
+  how = {"checkpoint_step": step, "sampler": config["sampler"], **dataclasses.asdict(settings), **plan.written()}
+  arrays["settings"] = console.as_text(how)
   np.savez_compressed(workdir / "samples.npz", allow_pickle=False, **arrays)
   (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
   status.check(drawn["code"], drawn["accepted"])
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a sample")
+  console.warn_far(
+    source,
+    drawn["x"],
+    f"try {'a lower --guidance' if plan.line() else 'more --steps'}, or --config.sample.threshold=static",
+  )
   if console.can_be_shown(source):
     beside = source if given is None or given.source is None else given.source
     shown = beside.gather(np.arange(min(len(beside), settings.num)))["x"]
@@ -105,6 +114,9 @@ def evaluate(config: Config, workdir: Path) -> None:
   unseen = held_out.gather(np.arange(min(len(held_out), settings.num)))["x"]
   _check_enough(settings, len(train["x"]), len(unseen))
   console.say(f"evaluating {settings.num} samples from step {step}")
+  guiding.say(plan)
+  if options.sample(config).label != ():
+    console.say("samples of these labels are measured against data of all labels")
   chosen = _features(settings, train, source.levels)
   drawn, identity = _draw_in_chunks(config, settings, plan, source, params, workdir / "evaluation", mesh)
   x = features.to_levels(drawn["x"], source.levels)

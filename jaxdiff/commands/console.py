@@ -1,17 +1,20 @@
 """What the commands share: lines on the terminal, of one process alone, and the sizes of their batches."""
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from jaxdiff import parallel
 from jaxdiff.data.examples import Source
 from jaxdiff.schema import ConfigError
 
 T = TypeVar("T")
+_FAR, _MANY = 1.5, 0.1  # of values in [-1, 1]; the part of them that may be further away
 
 
 def first_process() -> bool:
@@ -45,6 +48,22 @@ def together(action: Callable[[], T]) -> T:
 def can_be_shown(source: Source) -> bool:
   """Whether samples of these data are images or points in the plane."""
   return source.shape == (2,) or (len(source.shape) == 3 and source.shape[-1] in (1, 3))
+
+
+def warn_far(source: Source, x: np.ndarray, remedy: str) -> None:
+  """Say that many values of images lie far outside [-1, 1], where those of their data do not."""
+  if source.levels is None or len(source.shape) != 3:
+    return
+  share = float((np.abs(x) > _FAR).mean())
+  if share > _MANY:
+    say(
+      f"jaxdiff: warning: {share:.0%} of the values lie outside [-{_FAR}, {_FAR}], those of images in [-1, 1]: {remedy}"
+    )
+
+
+def as_text(settings: Mapping[str, Any]) -> np.ndarray:
+  """Settings as a JSON text, an array that an .npz file holds without pickle."""
+  return np.asarray(json.dumps(settings, default=str))
 
 
 def list_files(workdir: Path, *names: str) -> None:

@@ -1,5 +1,7 @@
 """The command `edit`: images painted in, coloured, enlarged, deblurred or changed by a trained model."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from jaxdiff.models import conditioning
 from jaxdiff.schema import Config, ConfigError, EditSettings
 
 _NAMES = ("input", "measurement", "mask")  # what a sampler is told and no score
+_WRITTEN = {"mask": "known"}  # True there; of the images of --mask the contrary
 
 
 def edit(config: Config, workdir: Path) -> None:
@@ -37,6 +40,7 @@ def edit(config: Config, workdir: Path) -> None:
   rows = count * settings.num
   size = min(sampling.batch_size, -(-rows // mesh.size) * mesh.size)
   console.say(f"{settings.task} of {count} images from step {step} by {config['sampler']['type']}")
+  guiding.say(plan)
   drawn = runs.draw(
     *(guided.score, guided.params, process, sampler, source.shape, rows, size, settings.seed, mesh),
     _given(config, plan, problem, settings.num, source.shape),
@@ -45,13 +49,38 @@ def edit(config: Config, workdir: Path) -> None:
   if not console.first_process():
     return
   console.say(f"{drawn['nfe'].mean():.0f} network evaluations a result")
+  console.warn_far(source, drawn["x"], _remedy(settings, plan))
   x, nfe = (drawn[name].reshape(count, settings.num, *drawn[name].shape[1:]) for name in ("x", "nfe"))
   told = {name: value[np.arange(settings.num) % len(value)] for name, value in plan.told.written.items()}
-  arrays = {"input": problem.columns[0], **problem.cond, "x": x, "nfe": nfe, **told}
+  cond = {_WRITTEN.get(name, name): value for name, value in problem.cond.items()}
+  how = {"checkpoint_step": step, "sampler": config["sampler"], **_used(settings, problem), **plan.written()}
+  arrays = {"input": problem.columns[0], **cond, "x": x, "nfe": nfe, **told, "settings": console.as_text(how)}
   np.savez_compressed(workdir / "edit.npz", allow_pickle=False, **arrays)
   shown = np.concatenate([np.stack(problem.columns, axis=1), x], axis=1)
   pictures.save_grid(workdir / "edit.png", shown.reshape(-1, *source.shape), columns=shown.shape[1])
+  known = "what is known, " if len(problem.columns) > 1 else ""
+  results = f"{settings.num} result{'s' if settings.num > 1 else ''}"
+  console.say(f"edit.png, a row for each image: input, {known}{results}")
   console.list_files(workdir, "edit.png", "edit.npz")
+
+
+def _used(settings: EditSettings, problem: problems.Problem) -> dict[str, Any]:
+  """The settings of the task, without those of others."""
+  unused = {name for name, task in options.OF_TASK.items() if task != settings.task}
+  unused |= {"method", "noise", "degrade"} if settings.task == "sdedit" else set()
+  unused |= set() if settings.degrade else {"factor"}
+  fields = dataclasses.asdict(settings) | {"noise": problem.noise}
+  return {name: value for name, value in fields.items() if name not in unused}
+
+
+def _remedy(settings: EditSettings, plan: guiding.Plan) -> str:
+  """What is likely to help where results lie far outside of the range of images."""
+  if settings.task == "deblur" and not settings.degrade:
+    return (
+      f"the input is probably not blurred by so much; try a lower --blur than {settings.blur:g}, a larger --noise, or "
+      "--degrade, which blurs it first"
+    )
+  return "try a lower --guidance" if plan.line() else "try more --steps, or another --method or --sampler"
 
 
 def _check_told(config: Config, plan: guiding.Plan) -> None:
@@ -75,6 +104,7 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
   """The sampler of the run, made to keep to what is known, or to start in its middle."""
   sampler: Any = factory.make_sampler(config, process)
   if problem.operator is not None:
+    _check_method(config, settings, problem, hasattr(sampler, "ts"))
     given = {"sampler": sampler, "operator": problem.operator, "noise_std": problem.noise, "method": settings.method}
     return schema.construct(inverse.restoration, {}, "edit", sde=process, **given)
   section = config["sampler"]
@@ -83,7 +113,9 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
       f"config.sampler.type = {section['type']!r} has no grid of steps, in the middle of which sdedit starts: take "
       "another one, such as --sampler=dpm_solver_pp --steps=50"
     )
-  ts = editing.lower_part(schema.component("sampler.grid", section.get("grid", {}), sde=process), settings.strength)
+  grid = schema.component("sampler.grid", section.get("grid", {}), sde=process)
+  _check_strength(settings.strength, len(grid) - 1)
+  ts = editing.lower_part(grid, settings.strength)
   sampler = factory.make_sampler(config, process, ts=ts)
   editor = schema.construct(editing.sdedit, {}, "edit", sampler=sampler)
   level = float(np.exp(-0.5 * sde.log_snr(process, sampler.ts[0])))
@@ -93,6 +125,30 @@ def _sampler(config: Config, settings: EditSettings, process: Any, problem: prob
     return editor(key, cond["input"], score, {name: value for name, value in cond.items() if name != "input"})
 
   return run
+
+
+def _check_method(config: Config, settings: EditSettings, problem: problems.Problem, on_grid: bool) -> None:
+  """Refuse a method that does not go with the sampler or with noise."""
+  section, method = config["sampler"], settings.method
+  if method in ("dps", "projection", "repaint") and not on_grid:
+    raise ConfigError(
+      f"--method={method} needs a sampler on a grid of steps, which config.sampler.type = {section['type']!r} has not: "
+      "take --sampler=ancestral or ddim"
+    )
+  if settings.task == "deblur" and method in ("projection", "repaint") and problem.noise:
+    usual = "1/255 where it is not given" if settings.noise is None else f"{settings.noise:g}"
+    raise ConfigError(
+      f"--method={method} with --task=deblur takes no noise, and --noise is {usual}: add --noise=0, or take "
+      "--method=pigdm or dps"
+    )
+
+
+def _check_strength(strength: float, steps: int) -> None:
+  if strength * steps < 1 - 1e-6:
+    least = math.ceil(1e4 / steps) / 1e4
+    raise ConfigError(
+      f"config.edit.strength = {strength:g} of {steps} steps is less than one: take at least {least:g}, or more --steps"
+    )
 
 
 def _given(

@@ -4,11 +4,13 @@
 argument of it, so that none of them is a constant of the compiled program.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdiff import factory, guidance, options, rundir, samplers, schema
+from jaxdiff.commands import console
 from jaxdiff.commands.telling import Told, told
 from jaxdiff.data.examples import Source
 from jaxdiff.models import conditioning
@@ -45,6 +47,26 @@ class Plan(NamedTuple):
       facts["other"] = {name: self.other[name] for name in ("prediction", "network")}
     return facts if self.threshold == "none" else facts | {"threshold": self.threshold}
 
+  def written(self) -> Config:
+    """All that samples were told and led by, to be written beside them."""
+    told: Config = {name: value.tolist() for name, value in self.told.written.items()}
+    return {**told, "guidance": dataclasses.asdict(self.settings), "threshold": self.threshold}
+
+  def line(self) -> str | None:
+    """How samples are guided, in words; None where they are not."""
+    settings, scale = self.settings, self.settings.scale
+    if self.other is None and scale in (None, 1):
+      return None
+    way = "classifier-free"
+    if settings.classifier is not None:
+      way, scale = f"by the classifier {settings.classifier}", 1.0 if scale is None else scale
+    elif settings.weak is not None:
+      way = f"by the weaker model {settings.weak}"
+    parts = [way, f"scale {scale:g}"]
+    parts += ["interval {:g} to {:g}".format(*settings.interval)] if settings.interval else []
+    parts += [f"rescale {settings.rescale:g}"] if settings.rescale else []
+    return f"guided: {', '.join(parts)}"
+
 
 class Guided(NamedTuple):
   """A score and all the parameters it takes.
@@ -74,6 +96,12 @@ def plan(config: Config) -> Plan:
   elif settings.scale is not None:
     _check_conditional(config, settings.scale)
   return Plan(settings, options.sample(config).threshold, told(config, classes), other)
+
+
+def say(plan: Plan) -> None:
+  """A line on how samples are guided, where they are."""
+  if line := plan.line():
+    console.say(line)
 
 
 def _check_conditional(config: Config, scale: float) -> None:

@@ -98,8 +98,10 @@ def _known(settings: EditSettings, images: list[inputs.Input], shape: Shape) -> 
     if mask.size != image.size:
       raise ConfigError(
         f"--mask: {mask.name} has {_size(mask.size)} pixels and {image.name} has {_size(image.size)}: give a mask of "
-        "the size of the input"
+        "the size that the input has in its file, before --resize"
       )
+    if mask.image.all():
+      raise ConfigError(f"--mask: {mask.name} is all black{', once cropped' * settings.resize}: white is painted anew")
   return {"mask": np.stack([mask.image for mask in masks])}
 
 

@@ -10,6 +10,7 @@ from jaxdiff.data.text import encode_text
 from jaxdiff.schema import Config, ConfigError
 
 Arrays = Mapping[str, np.ndarray]
+_SHOWN = 40  # characters of a prompt in messages
 
 
 class Told(NamedTuple):
@@ -66,20 +67,27 @@ def _prompts(given: Any, conditions: Mapping[str, Config]) -> tuple[Arrays, Arra
   names = _of_type(conditions, "text", "prompt")
   if not names:
     raise ConfigError(
-      f"config.sample.prompt = {given!r} is for models that are told a text, and config.network.conditions has none of "
-      "the type 'text': leave it out"
+      f"config.sample.prompt = {_start(given)} is for models that are told a text, and config.network.conditions has "
+      "none of the type 'text': leave it out"
     )
   prompts, length = _several(given), conditions[names[0]]["length"]
   for prompt in prompts:
     if (size := len(prompt.encode(errors="replace"))) > length:
       raise ConfigError(
-        f"config.sample.prompt = {prompt!r} has {size} bytes in UTF-8, of which the model reads {length}: shorten it"
+        f"config.sample.prompt = {_start(prompt)} has {size} bytes in UTF-8, of which the model reads {length}: "
+        "shorten it"
       )
   try:
     encoded = encode_text(list(prompts), length)
   except ValueError as error:
     raise ConfigError(f"config.sample.prompt: {error}") from error
   return {names[0]: encoded}, {"prompt": np.asarray(prompts)}
+
+
+def _start(value: Any) -> str:
+  """A value in a message, cut off where it is long."""
+  text = repr(value)
+  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _several(value: Any) -> Sequence[Any]:

@@ -43,12 +43,17 @@ def read_inputs(path: Path, channels: int, levels: int | None, size: tuple[int, 
   """
   if path.suffix == ".npz":
     return _of_array(path, channels, levels)
-  read = [_fitted(file, channels, size, Image.Resampling.BOX) for file in image_files(path)]
+  files = image_files(path, "an image, a folder of images or an .npz file")
+  read = [_fitted(file, channels, size, Image.Resampling.BOX) for file in files]
   return [image._replace(image=(image.image + np.float32(0.5)) / 128 - 1) for image in read]
 
 
-def image_files(path: Path) -> list[Path]:
+def image_files(path: Path, kinds: str) -> list[Path]:
   """A file, or the image files of a folder by their names.
+
+  Args:
+    path: of either.
+    kinds: what it may be, for messages.
 
   Raises:
     ValueError: there is none.
@@ -56,7 +61,7 @@ def image_files(path: Path) -> list[Path]:
   if path.is_file():
     return [path]
   if not path.is_dir():
-    raise ValueError(f"{path} does not exist: give an image, a folder of images or an .npz file")
+    raise ValueError(f"{path} does not exist: give {kinds}")
   files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
   if not files:
     raise ValueError(f"{path} holds no images: give a folder of PNG or JPEG files")
@@ -71,18 +76,18 @@ def read_masks(path: Path, size: tuple[int, int] | None = None) -> list[Input]:
     size: as in `read_inputs`, by the nearest pixel.
 
   Raises:
-    ValueError: no image, one that is not black and white, or all black; it is named.
+    ValueError: no image, or one that is not black and white; it is named.
   """
+  if path.suffix == ".npz":
+    raise ValueError(f"{path}: a mask is an image, white where to paint anew, and no .npz file: give a PNG file")
   masks = []
-  for file in image_files(path):
+  for file in image_files(path, "an image or a folder of images"):
     mask = _fitted(file, 1, size, Image.Resampling.NEAREST)
     if others := sorted(set(np.unique(mask.image).tolist()) - {0, 255}):
       raise ValueError(
         f"{file} must be black and white, 0 and 255, and holds {others[0]}, too, one of {len(others)} other values: "
         "make it so, and no JPEG"
       )
-    if not mask.image.any():
-      raise ValueError(f"{file} is all black: white is what is painted anew")
     masks.append(mask._replace(image=mask.image == 0))
   return masks
 
@@ -109,7 +114,10 @@ def _of_array(path: Path, channels: int, levels: int | None) -> list[Input]:
     if levels is None:
       raise ValueError(f"{path} holds integers, and the model is of real numbers: give these")
     if not 0 <= x.min() <= x.max() < levels:
-      raise ValueError(f"{path} holds integers from {x.min()} to {x.max()}, the model has 0 to {levels - 1}")
+      raise ValueError(
+        f"{path} holds integers from {x.min()} to {x.max()}, the model has 0 to {levels - 1}: "
+        "scale them to [-1, 1] as floats, or give PNG files"
+      )
     x = (x.astype(np.float32) + 0.5) * 2 / levels - 1
   elif not np.isfinite(x).all() or (levels is not None and np.abs(x).max() > 1):
     raise ValueError(f"{path} must hold finite numbers in [-1, 1]")
