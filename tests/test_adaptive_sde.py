@@ -19,6 +19,7 @@ def solve(sde, tolerance, data, x_T, **options):
   return jax.jit(lambda x: sampler(KEY, x, data.score(sde)))(x_T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_samples_have_the_moments_of_the_data(name):
   """2000 samples: 4 standard errors plus 4% for the tolerance. New noise after a rejection gives 15% (VP), 40% (VE)."""

@@ -400,6 +400,7 @@ def uninterrupted(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kill_at", "where", "possible_starts"),
   [(int(np.random.default_rng().integers(8, 24)), "step", (0, 6, 12, 18)), (12, "save", (6, 12))],

@@ -291,6 +291,7 @@ def test_flops_do_not_count_what_rematerialization_repeats(tmp_path, monkeypatch
   assert flops[0] == flops[1] > 0
 
 
+@pytest.mark.slow
 def test_training_validates_draws_traces_and_keeps_averages(trained, tmp_path, capsys):
   """Hooks, gradient accumulation and several steps a dispatch change no run; averages of any length follow."""
   every = [f"--config.train.{name}_every=20" for name in ("validate", "sample", "snapshot", "keep")]

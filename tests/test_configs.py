@@ -96,6 +96,7 @@ def test_a_tfds_config_without_data_names_the_command(tmp_path, capsys):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_array_record_trains_and_refuses_what_has_changed(tmp_path, capsys):
   """Three steps, and none when a byte on disk is another."""
   folder = tmp_path / "clothes"

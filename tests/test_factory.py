@@ -286,6 +286,7 @@ def test_every_loss_by_name(toy, kind):
     assert score.shape == x.shape
 
 
+@pytest.mark.slow
 def test_a_learned_schedule_is_trained_and_used(toy):
   """Its leaves have gradients; the process, the score and the bound are those of the trained schedule."""
   config = with_loss(toy, "vdm")

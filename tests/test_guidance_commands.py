@@ -213,6 +213,7 @@ def test_guidance_that_cannot_be_is_refused(strangers, capsys, run, flags, messa
   assert "sampling" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:16 examples for 16 features")
 def test_what_evaluate_draws_is_told_and_led(folder, capsys, monkeypatch):
   """Chunks of samples belong to their guidance; those of another are drawn anew."""

@@ -213,6 +213,7 @@ def test_gradients_reach_the_parameters_and_x(x64):
   np.testing.assert_allclose(dx[0, 0], (run(0.7, x + e) - run(0.7, x - e)) / (2 * h), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", ["checkpoint", "continuous"])
 def test_gradients_reach_a_learned_schedule(adjoint, x64):
   """It starts above the noise at which data stand, so t0 = 0 whatever gamma(0): the derivative in closed form."""

@@ -49,6 +49,7 @@ def trained(remat, name):
   return params, *jit(jax.value_and_grad(loss))(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "name"), [("dots", "default"), ("full", "default"), ("full", "conditional")])
 def test_parameters_outputs_and_gradients_are_those_without(remat, name):
   (params, value, grads), (plain_params, plain_value, plain_grads) = trained(remat, name), trained("none", name)

@@ -12,6 +12,7 @@ import jaxdiff as jd
 from jaxdiff import samplers
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, start_time
 
+pytestmark = pytest.mark.slow
 N = 4000
 SDE = jd.VP()
 T0 = float(start_time(SDE, None, SAMPLING_NOISE_TO_SIGNAL))
