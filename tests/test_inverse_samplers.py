@@ -177,6 +177,23 @@ def test_a_shifted_sampler_is_told_its_conditions_and_counted(method):
   assert len(asked) == shifted - plain == (12 if method == "repaint" else 6)
 
 
+def test_a_shift_of_varying_cost_is_counted_where_repaint_walks():
+  class Shift:
+    def __call__(self, mean, variance, t_next, **cond):
+      return jnp.zeros_like(mean)
+
+    def evaluations(self, times):
+      return jnp.where(times > 0.5, 3, 0)
+
+  ts, (cond, x_T) = grid(6), problem(1)
+  plain, shifted = (
+    inverse.repaint(jd.samplers.ancestral(SDE, ts, shift=shift), inverse.mask(), 2, 2)(KEY, x_T, coupled, cond).nfe[0]
+    for shift in (None, Shift())
+  )
+  ends = np.asarray(ts)[np.array([0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]) + 1]
+  assert shifted - plain == 3 * np.sum(ends > 0.5) > 0
+
+
 def test_samplers_that_end_at_the_data():
   """No score is called at the end, what is known is exact, and the state leaps back from the data themselves."""
   chain = jd.ddpm.Chain(jd.ddpm.linear_betas())
