@@ -4,7 +4,7 @@ Shapes: `x: [b, *d]` with a leading batch axis, `t`: a scalar or `[b]`. Time run
 `sde.t1`. A condition `cond` is a dict of arrays with a leading batch axis, handed on as keyword arguments.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -35,6 +35,19 @@ class ScoreFn(Protocol):
   """`(x: [b, *d], t: [b], **cond) -> [b, *d]`, the gradient of log p_t at x."""
 
   def __call__(self, x: Array, t: Array, /, **cond: Array) -> Array: ...
+
+
+class Autoencoder(NamedTuple):
+  """A pair of pure functions between data and latents; a pytree, so that gradients reach or spare its parameters, where
+  both are `jax.tree_util.Partial(f, params)`.
+
+  Attributes:
+    encode: `x [b, *d] -> (mean, log_variance)`, each `[b, *k]`, of the Gaussian posterior of the latents.
+    decode: `z [b, *k] -> output [b, ...]`, the parameters of the distribution of x given z.
+  """
+
+  encode: Callable[[Array], tuple[Array, Array]]
+  decode: Callable[[Array], Array]
 
 
 class Status(NamedTuple):
