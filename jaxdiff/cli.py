@@ -168,7 +168,7 @@ def _run(command: str, argv: list[str]) -> None:
     getattr(commands, command)(config, workdir, **traced)
   except (factory.ConfigError, training.FingerprintError) as error:
     _leave(2, error)
-  except (training.CheckpointError, training.NonFiniteError, status.SolveError) as error:
+  except (training.CheckpointError, training.NonFiniteError, training.DivergedError, status.SolveError) as error:
     _leave(1, error)
   except rundir.Stopped as stopped:
     _leave(128 + stopped.signum, stopped)

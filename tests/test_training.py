@@ -15,6 +15,7 @@ import pytest
 from jaxdiff.parallel import jit_launcher, make_mesh
 from jaxdiff.training import (
   Checkpoints,
+  DivergedError,
   NonFiniteError,
   abstract_state,
   cost,
@@ -143,6 +144,8 @@ def test_permuting_examples_with_their_indices_changes_nothing():
     (lambda p, k, b: (p["w"] * b["x"], {"a": b["x"][:2]}), {"x": np.zeros(8)}, r"aux\['a'\] has shape \(2,\)"),
     (lambda p, k, b: (p["w"] * b["x"], {"loss": b["x"]}), {"x": np.zeros(8)}, "'loss'.*taken"),
     (quadratic, {"x": np.zeros(8), "u": np.zeros(8)}, '"u" is taken'),
+    (quadratic, {"x": np.zeros(8), "step": np.zeros(8)}, '"step" is taken by the number of steps done'),
+    (quadratic, {"x": np.zeros(8), "index": np.zeros(8)}, '"index" is taken by the global indices'),
   ],
 )
 def test_wrong_objectives_are_refused(objective, batch, message):
@@ -406,6 +409,29 @@ def test_too_many_nonfinite_steps_stop_and_keep_the_last_good_checkpoint(tmp_pat
   params, step = load_params(tmp_path / "ckpt", {"w": jax.ShapeDtypeStruct((), jnp.float32)})
   assert step == 8
   assert np.isfinite(params["w"])
+
+
+@pytest.mark.parametrize("growth", [1.0, np.inf])
+def test_losses_beyond_their_limits_stop_the_run_by_name(tmp_path, growth):
+  """Two players: one of them grows, to a number or beyond all; both are told."""
+  _, _, where = setup()
+  optimizer = optax.sgd(0.0)
+
+  def objective(params, keys, batch):
+    grown = 10.0 ** batch["step"].astype(jnp.float32) * jnp.where(batch["step"] > 5, growth, 1.0)
+    return params["w"] * batch["x"] + grown - grown, {"critic_loss": grown, "maker_loss": jnp.full(BATCH, 0.5)}
+
+  step_fn = where["launcher"].compile(make_train_step(objective, optimizer, 0.9, BATCH))
+  state = where["launcher"].create(lambda: init_state({"w": jnp.zeros(())}, optimizer, jax.random.key(0)))
+  kind, told = (DivergedError, "critic_loss 100000, maker_loss 0.5")
+  limits = {"critic_loss": 2e4, "maker_loss": 1e3}
+  if not np.isfinite(growth):
+    kind, told, limits = NonFiniteError, "critic_loss inf, maker_loss 0.5 at step 8", dict.fromkeys(limits, np.inf)
+  with Checkpoints(tmp_path, {}) as checkpoints, pytest.raises(kind) as error:
+    where |= {"checkpoints": checkpoints, "checkpoint_every": 2, "log_every": 1, "max_skipped": 1}
+    train(state, step_fn, Positioned(), **where, total_steps=9, limits=limits)
+  assert told in str(error.value)
+  assert "the last good checkpoint, of step " in str(error.value)
 
 
 def test_nonfinite_parameters_are_never_saved(tmp_path):

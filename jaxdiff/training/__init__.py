@@ -1,7 +1,7 @@
 """Training: state, step, optimizer, checkpoints and the loop; one user of the library among others."""
 
 from jaxdiff.training.checkpoint import Checkpoints, FingerprintError, load_fingerprint, load_params
-from jaxdiff.training.loop import Hook, NonFiniteError, train
+from jaxdiff.training.loop import DivergedError, Hook, NonFiniteError, train
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.snapshots import Snapshots, reconstruct
 from jaxdiff.training.state import TrainState, abstract_state, init_state
@@ -11,6 +11,7 @@ from jaxdiff.training.storage import CheckpointError, SaveError
 __all__ = [
   "CheckpointError",
   "Checkpoints",
+  "DivergedError",
   "FingerprintError",
   "Hook",
   "NonFiniteError",

@@ -8,7 +8,8 @@ loop waits for the step before last only, and metrics come to the host when they
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -27,6 +28,10 @@ class NonFiniteError(RuntimeError):
   """Too many steps in a row had a loss or gradient that is infinite or NaN, or the parameters are."""
 
 
+class DivergedError(RuntimeError):
+  """A metric went beyond its limit: one of several losses has got out of hand."""
+
+
 def train(
   state: TrainState,
   step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
@@ -42,6 +47,7 @@ def train(
   checkpoints: Checkpoints | None = None,
   checkpoint_every: int = 1000,
   max_skipped: int = 10,
+  limits: Mapping[str, float] = MappingProxyType({}),
   hooks: Sequence[Hook] = (),
   should_stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
@@ -68,6 +74,7 @@ def train(
       return.
     checkpoint_every: steps between two checkpoints.
     max_skipped: how many steps in a row may be skipped because they are not finite; noticed when they are logged.
+    limits: by the name of a metric what its mean over a record must not exceed; looked at when it is logged.
     hooks: `hook(step, state)`, called after every dispatch (see `jaxdiff.training.hooks`). Not counted in the rates.
     should_stop: asked after every dispatch; the step at which it says yes is the last, recorded and saved as such.
       All processes must say the same.
@@ -79,6 +86,7 @@ def train(
     ValueError: an argument is out of range, the batch cannot be split over the devices, or the iterator ends too early.
     NonFiniteError: more than `max_skipped` steps in a row, or the parameters, were not finite; names the steps and the
       last good checkpoint, which is kept.
+    DivergedError: a metric is beyond its limit or not finite; names all that have one.
     CheckpointError: a checkpoint cannot be written; the last good one is kept.
   """
   start, every = int(state.step), {"log_every": log_every, "checkpoint_every": checkpoint_every}
@@ -100,7 +108,8 @@ def train(
       last = step == total_steps or should_stop(step)
       saving = checkpoints is not None and (step % checkpoint_every == 0 or last)
       if saving or step % log_every == 0 or last:
-        record = _means(jax.device_get(pending), step, max_skipped, checkpoints)
+        record = _means(jax.device_get(pending), step, max_skipped, limits, checkpoints)
+        _check_limits(record, limits, step, checkpoints)
         if speed := clock.steps_per_second(steps_per_dispatch):
           record |= {"steps_per_second": speed, "examples_per_second": speed * global_batch}
           record |= {"input_wait": clock.input_wait(), **rates(speed)}
@@ -160,15 +169,21 @@ def _check(start: int, per_dispatch: int, max_skipped: int, global_batch: int, s
 
 
 def _means(
-  records: Sequence[dict[str, np.ndarray]], step: int, max_skipped: int, checkpoints: Checkpoints | None
+  records: Sequence[dict[str, np.ndarray]],
+  step: int,
+  max_skipped: int,
+  limits: Mapping[str, float],
+  checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
   """The means over the steps that were not skipped; none of these if all were."""
   columns = {name: np.concatenate([np.atleast_1d(record[name]) for record in records]) for name in records[0]}
   rows = columns.pop("skipped_in_a_row")
   if (rows > max_skipped).any():
     bad = int(np.argmax(rows > max_skipped))
+    parts = "".join(f", {name} {columns[name][bad]}" for name in limits if name in columns)
     raise NonFiniteError(
-      f"loss {columns['loss'][bad]}, gradient norm {columns['grad_norm'][bad]} at step {step - len(rows) + 1 + bad}, "
+      f"loss {columns['loss'][bad]}, gradient norm {columns['grad_norm'][bad]}{parts} at step "
+      f"{step - len(rows) + 1 + bad}, "
       f"the last of {rows[bad]:.0f} steps in a row that were not finite and were skipped (max_skipped={max_skipped}); "
       f"{_advice(checkpoints)}"
     )
@@ -178,8 +193,23 @@ def _means(
   return {**means, "skipped": float((~good).sum())}
 
 
+def _check_limits(
+  record: Mapping[str, float], limits: Mapping[str, float], step: int, checkpoints: Checkpoints | None
+) -> None:
+  seen = {name: record[name] for name in limits if name in record}
+  if beyond := [name for name, value in seen.items() if not value <= limits[name]]:
+    values = ", ".join(f"{name} {value:.6g}" for name, value in seen.items())
+    raise DivergedError(
+      f"{beyond[0]} is beyond its limit {limits[beyond[0]]:g} at step {step}: {values}; {_kept(checkpoints)}. Lower "
+      "the learning rate of the part that got ahead, or give its penalty more weight"
+    )
+
+
 def _advice(checkpoints: Checkpoints | None) -> str:
-  kept = "there is no checkpoint"
+  return f"{_kept(checkpoints)}. Lower the learning rate, clip the gradient, or look for bad values in the data"
+
+
+def _kept(checkpoints: Checkpoints | None) -> str:
   if checkpoints is not None and (good := checkpoints.latest_step()) is not None:
-    kept = f"the last good checkpoint, of step {good}, is kept in {checkpoints.directory}"
-  return f"{kept}. Lower the learning rate, clip the gradient, or look for bad values in the data"
+    return f"the last good checkpoint, of step {good}, is kept in {checkpoints.directory}"
+  return "there is no checkpoint"

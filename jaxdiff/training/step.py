@@ -3,7 +3,8 @@
 Randomness, for step s (updates done so far), global index i in the batch and batch size B:
   noise key   k_i = fold_in(fold_in(key, s), i)
   time        u_i = frac(u + i / B),  u ~ U[0, 1) from fold_in(fold_in(key, s), 2^32 - 1), which no index can reach
-so one u_i falls into every cell of width 1/B, and neither depends on how the batch is laid out over devices.
+so one u_i falls into every cell of width 1/B, and neither depends on how the batch is laid out over devices. What else
+an objective may depend on, s and i themselves, is in the batch as well.
 
 Mean and cross-device sum happen here and only here: loss = sum over all examples / B. With m microbatches, number j
 holds the rows j, j + m, j + 2 m, ... (of every device the same, so nothing moves), and the gradients are summed one
@@ -28,6 +29,7 @@ from jaxdiff.training.state import TrainState, wide
 
 _TIME_STREAM = np.uint32(2**32 - 1)
 _TAKEN = {"loss", "grad_norm", "skipped", "skipped_in_a_row"}
+_ADDED = {"u": "stratified uniforms", "step": "number of steps done", "index": "global indices"}
 
 
 @runtime_checkable
@@ -37,7 +39,11 @@ class Objective(Protocol):
   def __call__(
     self, params: PyTree, key: Key[Array, "b"], batch: dict[str, Any]
   ) -> tuple[Float[Array, "b"], dict[str, Array]]:
-    """Returns (loss [b], {name: [b]}); `key` is one per example and `batch["u"]` are stratified uniforms in [0, 1)."""
+    """Returns (loss [b], {name: [b]}), each example its own; `key` is one per example.
+
+    The batch has what the data have and, each `[b]`, "u", stratified uniforms in [0, 1), "step", the number of steps
+    done (one for all), and "index", where in the global batch an example is.
+    """
     ...
 
 
@@ -110,7 +116,8 @@ def make_train_step(
     if len(state.averages) != len(ema_lengths):
       raise ValueError(f"state: has {len(state.averages)} averages; give init_state ema_lengths={tuple(ema_lengths)!r}")
     keys = noise_keys(state.key, state.step, index)
-    batch = {**batch, "u": stratified_uniforms(state.key, state.step, index, global_batch)}
+    u = stratified_uniforms(state.key, state.step, index, global_batch)
+    batch = {**batch, "u": u, "step": jnp.broadcast_to(state.step, index.shape), "index": index}
 
     def mean_loss(params, keys, batch):
       losses, aux = objective(gathered(params), keys, batch)
@@ -195,8 +202,8 @@ def _check_index(
     raise ValueError(
       f"microbatches={microbatches}: must divide the {index.shape[0]} examples of each of the {devices} mapped devices"
     )
-  if "u" in batch:
-    raise ValueError('batch: the name "u" is taken by the stratified uniforms of the train step; rename this entry')
+  for name in sorted(_ADDED.keys() & batch.keys()):
+    raise ValueError(f'batch: the name "{name}" is taken by the {_ADDED[name]} of the train step; rename this entry')
 
 
 def _check_objective(losses: Array, aux: dict[str, Array], keys: Array) -> None:
