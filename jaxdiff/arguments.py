@@ -138,6 +138,7 @@ def parse(command: str, argv: list[str]) -> tuple[Config, Path]:
       f"{command} is for models that generate, and config.network.type = 'Classifier' says of which class an example "
       "is: take evaluate, or the --workdir of another run"
     )
+  schema.check_command(command, config)
   short = _short(command)
   texts = {short.get(name, name.removeprefix("--config.")): value for name, value in options.items()}
   if command == "edit" and (missing := _missing(config, texts)):

@@ -147,7 +147,7 @@ def _join(command: str, launch: Any) -> None:
 
 
 def _run(command: str, argv: list[str]) -> None:
-  from jaxdiff import arguments, commands, factory, objectives, rundir, status, training
+  from jaxdiff import arguments, commands, factory, rundir, status, systems, training
 
   try:
     if command == "data":
@@ -163,7 +163,7 @@ def _run(command: str, argv: list[str]) -> None:
     launch, argv = arguments.launch(command, argv)
     config, workdir = arguments.parse(command, argv)
     _join(command, launch)
-    objectives.check(config)
+    systems.check(config)
     traced = {"profile": launch.profile} if command == "train" else {}
     getattr(commands, command)(config, workdir, **traced)
   except (factory.ConfigError, training.FingerprintError) as error:

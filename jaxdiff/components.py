@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
 from jaxdiff.data import sources
-from jaxdiff.models import MLP, Classifier, DiT, RefineNet, UNet, VDMNet, conditioning
+from jaxdiff.models import MLP, AutoencoderKL, Classifier, DiT, RefineNet, UNet, VDMNet, conditioning
 from jaxdiff.models.text import Text
 from jaxdiff.typing import Keys, Sample, State
 
@@ -271,6 +271,7 @@ PROCESS_OF_LOSS: Mapping[str, str] = {
   "ddpm_hybrid": "DDPM",
   "ddpm_elbo": "DDPM",
 }
+AUTOENCODING: Table = {}
 WITH_CNF: Mapping[str, str] = {"prediction": "vector_field", "loss": "ffjord", "sampler": "cnf"}
 WITH_CLASSIFIER: Mapping[str, str] = {"prediction": "classes", "loss": "classification"}
 WEIGHTS: Table = {
@@ -285,6 +286,7 @@ TIMES: Table = {
   "log_normal": losses.times.log_normal,
   "fixed": losses.times.fixed,
 }
+AUTOENCODERS: Table = {"AutoencoderKL": AutoencoderKL}
 NETWORKS: Table = {
   "UNet": UNet,
   "MLP": MLP,
@@ -292,7 +294,9 @@ NETWORKS: Table = {
   "VDMNet": VDMNet,
   "DiT": DiT,
   "Classifier": Classifier,
+  **AUTOENCODERS,
 }
+DISCRIMINATORS: Table = {}
 CONDITIONS: Table = {
   "label": label,
   "scalar": scalar,

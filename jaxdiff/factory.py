@@ -23,8 +23,8 @@ from jaxdiff.models import conditioning
 from jaxdiff.schema import Config as Config
 from jaxdiff.schema import ConfigError as ConfigError
 
-TRAINING_SECTIONS = ("seed", "data", "sde", "prediction", "loss", "network", "optimizer")
-MODEL_SECTIONS = ("data", "sde", "prediction", "network")
+MODEL_SECTIONS = ("data", "sde", "prediction", "network", "autoencoder")
+TRAINING_SECTIONS = ("seed", *MODEL_SECTIONS, "loss", "discriminator", "optimizer", "discriminator_optimizer")
 _DECIDING_TRAIN_FIELDS = ("batch_size", "steps", "ema_decay", "ema_lengths", "random_flip", "drop_conditions")
 _LARGEST_SIGNAL_AT_PRIOR = 0.05
 _LOOKED_AT = 4096  # examples whose conditions are checked before any work
@@ -68,7 +68,10 @@ def identity(config: Config) -> Config:
   train = {name: value for name, value in config["train"].items() if name in _DECIDING_TRAIN_FIELDS}
   paths = schema.paths("data", config["data"])
   data = {name: value for name, value in config["data"].items() if name not in paths}
-  return {name: config[name] for name in TRAINING_SECTIONS} | {"data": data, "train": train}
+  present = {name: config[name] for name in TRAINING_SECTIONS if name in config}
+  if "autoencoder" in present:
+    present["autoencoder"] = {name: value for name, value in config["autoencoder"].items() if name != "workdir"}
+  return present | {"data": data, "train": train}
 
 
 def differences(saved: Any, given: Any, path: str = "config") -> list[str]:
@@ -124,7 +127,7 @@ def _check_classifier(config: Config) -> None:
 
 def learned(config: Config) -> Any:
   """What of the process is trained: all of its gamma, its interior, or None."""
-  section = config["sde"]
+  section = config.get("sde", {})
   if section.get("learn_ends"):
     gamma = make_forward(config).gamma
     return dataclasses.replace(gamma, minimum=jnp.float32(gamma.minimum), maximum=jnp.float32(gamma.maximum))
@@ -266,18 +269,27 @@ def _check_field(path: str, name: str, known: Mapping[str, Any], source: Source,
 
 def init_params(config: Config, source: Source) -> Any:
   """Initial parameters, from the seed of the config; `jax.eval_shape` of this gives their shapes."""
-  x = jnp.zeros((1, *source.shape))
+  network = make_network(config)
+  params = init_network("network", network, source.shape, config["seed"], jnp.ones(1))
+  return params if (part := learned(config)) is None else {"network": params, "gamma": part}
+
+
+def init_network(path: str, network: Any, shape: tuple[int, ...], seed: int, *args: Any, **cond: Any) -> Any:
+  """Initial parameters of the network of the section at `path`, for data of a shape.
+
+  `args` follow x in its call, with conditions: those given, and nothing for the others it has.
+  """
+  x = jnp.zeros((1, *shape))
   try:
-    network = make_network(config)
-    cond = conditioning.nothing(getattr(network, "conditions", {}), x)
-    params = jax.jit(network.init)(jax.random.key(config["seed"]), x, jnp.ones(1), **cond)
+    cond = conditioning.nothing(getattr(network, "conditions", {}), x) | cond
+    params = jax.jit(network.init)(jax.random.key(seed), x, *args, **cond)
   except (ValueError, TypeError, ZeroDivisionError) as error:
-    raise ConfigError(f"config.network does not fit data of shape {source.shape}: {error}") from error
+    raise ConfigError(f"config.{path} does not fit data of shape {shape}: {error}") from error
   if empty := [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.size == 0]:
     raise ConfigError(
-      f"config.network has no parameters in {jax.tree_util.keystr(empty[0])}: its sizes must be positive"
+      f"config.{path} has no parameters in {jax.tree_util.keystr(empty[0])}: its sizes must be positive"
     )
-  return params if (part := learned(config)) is None else {"network": params, "gamma": part}
+  return params
 
 
 def network_params(config: Config, params: Any) -> Any:
@@ -285,16 +297,16 @@ def network_params(config: Config, params: Any) -> Any:
   return params if learned(config) is None else params["network"]
 
 
-def make_optimizer_of(config: Config) -> optax.GradientTransformation:
-  """The optimizer; its schedule ends with the training."""
-  section, steps = config["optimizer"], options.train(config).steps
-  schema.check_section("optimizer", section)
+def make_optimizer_of(config: Config, name: str = "optimizer") -> optax.GradientTransformation:
+  """The optimizer that a section describes; its schedule ends with the training."""
+  section, steps = config[name], options.train(config).steps
+  schema.check_section(name, section)
   if section["warmup_steps"] >= steps:
     raise ConfigError(
-      f"config.train.steps = {steps} must exceed config.optimizer.warmup_steps = {section['warmup_steps']}: "
+      f"config.train.steps = {steps} must exceed config.{name}.warmup_steps = {section['warmup_steps']}: "
       "train longer, or warm up in fewer steps"
     )
-  return schema.component("optimizer", section, total_steps=steps)
+  return schema.component(name, section, total_steps=steps)
 
 
 def likelihood_facts(config: Config, dimension: int) -> Config:

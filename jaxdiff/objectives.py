@@ -288,10 +288,3 @@ def make_bound(config: Config, params: Any, source: Source, draws: int) -> Evalu
     return {"bound": (nats + offset) / unit, "bound_standard_error": jnp.abs(aux["standard_error"] / unit)}
 
   return run
-
-
-def check(config: Config) -> None:
-  """Build everything that needs no data, so that a mistake anywhere in the config shows before any work."""
-  schema.check_sections(config)
-  factory.check_components(config)
-  make_loss(config)

@@ -15,9 +15,8 @@ import numpy as np
 
 from jaxdiff import schema
 from jaxdiff.data.examples import SPLITS, check_choice
-from jaxdiff.schema import (
-  Config,
-  ConfigError,
+from jaxdiff.schema import Config, ConfigError
+from jaxdiff.settings import (
   EditSettings,
   EvaluateSettings,
   GuidanceSettings,
@@ -32,7 +31,7 @@ INTERVAL = "config.guidance.interval must be LOW,HIGH, two values of sigma / alp
 
 def is_flow(config: Config) -> bool:
   """Whether the run is of a normalizing flow: its network is a vector field, and there are no scores and no noise."""
-  return config["sde"]["type"] == "CNF"
+  return config.get("sde", {}).get("type") == "CNF"
 
 
 def _at_least(path: str, settings: Any, least: int, *names: str) -> None:

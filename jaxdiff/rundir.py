@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxdiff import factory, parallel, training
+from jaxdiff import factory, parallel, systems, training
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
 from jaxdiff.schema import Config, ConfigError
@@ -78,13 +78,13 @@ def load(workdir: Path, config: Config, ema_length: float | None = None) -> tupl
   then, given = trained["config"], factory.identity(config)
   if imported := then["data"]["type"] == "absent":  # which data it meets is for later
     then = then | {"data": given["data"]}
-  model = {name: given[name] for name in factory.MODEL_SECTIONS}
-  _check_same_model(workdir, factory.differences({name: then[name] for name in model}, model))
+  ours, theirs = ({name: side[name] for name in factory.MODEL_SECTIONS if name in side} for side in (given, then))
+  _check_same_model(workdir, factory.differences(theirs, ours))
   if unused := factory.differences(then, given):
     print(f"jaxdiff: the run is trained, so without effect: {'; '.join(unused)}", file=sys.stderr)
   source = factory.make_source(config, "train")
   _check_same_model(workdir, _differences_of_data(trained["data"], _facts_of_data(source), imported))
-  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  shapes = jax.eval_shape(lambda: systems.of(config).init_params(config, source))
   everywhere = parallel.replicated(parallel.make_mesh(jax.devices()))  # of all processes, as orbax wants it
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
   try:

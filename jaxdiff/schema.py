@@ -15,158 +15,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jaxdiff import components, likelihood, schedules
 from jaxdiff.components import Constructor, Table
+from jaxdiff.settings import (
+  AutoencoderSettings,
+  EditSettings,
+  EvaluateSettings,
+  GuidanceSettings,
+  LikelihoodSettings,
+  SampleSettings,
+  TrainSettings,
+)
 from jaxdiff.training import make_optimizer
 
 Config = dict[str, Any]
 
 _FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t", "t1")
 _FROM_PYTHON = ("base", "decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-  """How to train. Steps count updates; every n-th step of 0 means never.
-
-  `random_flip` mirrors half of the images left to right. `ema_decay` is that of the usual moving average, `ema_lengths`
-  are relative widths of power-function averages, of which snapshots allow any other width afterwards.
-
-  On the devices: `launcher` is what spreads a step over them; `fsdp` how many share one copy of the state (jit alone);
-  `microbatches` the parts that a batch is worked through in; `steps_per_dispatch` the steps of one call.
-
-  `drop_conditions` is the probability with which an example is trained without its conditions.
-
-  `keep` of the newest checkpoints stay and every `keep_every`-th step. `max_skipped` steps in a row may be without
-  finite loss and gradient. `wandb` is a project to report to.
-  """
-
-  batch_size: int = 128
-  steps: int = 1000
-  ema_decay: float = 0.999
-  ema_lengths: tuple[float, ...] = ()
-  random_flip: bool = False
-  launcher: Literal["jit", "pmap"] = "jit"
-  fsdp: int = 1
-  microbatches: int = 1
-  steps_per_dispatch: int = 1
-  max_skipped: int = 10
-  drop_conditions: float = 0.0
-  log_every: int = 50
-  checkpoint_every: int = 500
-  keep: int = 3
-  keep_every: int | None = None
-  snapshot_every: int = 500
-  sample_every: int = 0
-  validate_every: int = 0
-  validate_examples: int = 1024
-  wandb: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleSettings:
-  """How many samples to draw, how many at a time, how many trajectories to show, and whether to animate them.
-
-  Where the model has conditions, sample k is given those of example k of the `split`; but for the class `label`, or of
-  several labels number k mod n, and the text `prompt`, where they are given.
-  `threshold` keeps the data prediction within [-1, 1]: "static" by clipping, "dynamic" by the quantile 0.995.
-  `ema_length` is the relative width of a power-function average, made of the snapshots of the run; None for the usual
-  average.
-  """
-
-  num: int = 100
-  batch_size: int = 100
-  split: str = "test"
-  label: int | tuple[int, ...] = ()
-  prompt: str | tuple[str, ...] = ()
-  trajectories: int = 6
-  seed: int = 0
-  threshold: Literal["none", "static", "dynamic"] = "none"
-  gif: bool = False
-  ema_length: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class GuidanceSettings:
-  """What the samples of a trained model are guided by; of likelihoods it is no part.
-
-  `scale` is gamma in gamma s(x | y) + (1 - gamma) s(x): 1 is the conditional model without guidance. With the directory
-  of a run of a `classifier` it is the factor of the gradient of log p(y | x), 1 if it is left out; with that of a
-  `weak` model the one in gamma s + (1 - gamma) s_weak. Outside of `interval`, low < sigma / alpha <= high, there is no
-  guidance. `rescale` is the share in which the guided data prediction is given the spread of the conditional one.
-  """
-
-  scale: float | None = None
-  classifier: str | Path | None = None
-  weak: str | Path | None = None
-  interval: tuple[float, ...] = ()
-  rescale: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class EditSettings:
-  """What to do with which images: of `num` results each, in a file, a folder or the array `x` of an .npz file.
-
-  "inpaint" paints anew where the image `mask` is white; "colorize" colours what is grey; "superres" enlarges; "deblur"
-  undoes a Gaussian `blur` of so many pixels, periodic at the borders; "sdedit" noises and samples again, so much of
-  the steps as `strength` says. With `degrade` the images are clean ones, degraded first, made smaller by `factor` (2).
-  The measurement has noise of a standard deviation `noise` in [-1, 1]: 0 but for "deblur", 1/255. `method` is that of
-  the restoration. Images of another size are cropped and resized by area averages where `resize` says so.
-  """
-
-  task: Literal["inpaint", "colorize", "superres", "deblur", "sdedit"]
-  input: str | Path
-  mask: str | Path | None = None
-  method: Literal["pigdm", "reconstruction", "dps", "projection", "repaint"] = "pigdm"
-  strength: float = 0.6
-  blur: float = 1.0
-  factor: int = 2
-  noise: float | None = None
-  degrade: bool = False
-  resize: bool = False
-  num: int = 4
-  seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class LikelihoodSettings:
-  """What to evaluate: a split, or its first `limit` examples (0 for all); how many at a time.
-
-  The variational bound is averaged over `bound_draws` evaluations of the network an example; 0 leaves it out. Integers
-  are dequantized `draws` times, "auto" as the loss had them: uniformly, or by the noise of the process where it took
-  the integers themselves. `importance` averages probabilities over the draws instead of their logarithms. In float64
-  the parameters, the data, the process and the network are so. `ema_length` as in `SampleSettings`.
-  """
-
-  split: str = "test"
-  limit: int = 0
-  bound_draws: int = 32
-  batch_size: int = 120
-  seed: int = 0
-  dequantization: Literal["auto", "uniform", "truncated_normal", "gaussian"] = "auto"
-  draws: int = 1
-  importance: bool = False
-  dtype: Literal["float32", "float64"] = "float32"
-  ema_length: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateSettings:
-  """How to measure samples: how many, how many at a time, against which held-out split and up to how many training
-  examples (0 for all), by which features, and k of the neighbours of precision and recall, density and coverage.
-
-  `weights` is the path of the file that the features "mobilenet" and "inception" need. `ema_length` as in
-  `SampleSettings`. Of a classifier: how many held-out examples (0 for all), of which split, how many at a time.
-  """
-
-  num: int = 1000
-  batch_size: int = 120
-  split: str = "test"
-  reference: int = 50_000
-  features: Literal["auto", "cnn", "raw", "mobilenet", "inception"] = "auto"
-  weights: str | None = None
-  manifold_k: int = 3
-  coverage_k: int = 5
-  seed: int = 0
-  ema_length: float | None = None
 
 
 class ConfigError(ValueError):
@@ -202,7 +65,12 @@ SECTIONS: Mapping[str, Section] = {
   "loss.divergence": Section(components.DIVERGENCES),
   "network": Section(components.NETWORKS, given=("parent", "name"), parts={"conditions": "conditions"}),
   "network.conditions.*": Section(components.CONDITIONS, given=("dtype", "param_dtype")),
+  "autoencoder": Section((AutoencoderSettings,), parts={"network": "network", "loss": "loss"}),
+  "autoencoder.network": Section(components.AUTOENCODERS, given=("parent", "name")),
+  "autoencoder.loss": Section(components.AUTOENCODING, given=_FROM_PROGRAM),
+  "discriminator": Section(components.DISCRIMINATORS, given=("parent", "name", "conditions")),
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
+  "discriminator_optimizer": Section((make_optimizer,), given=("total_steps",)),
   "train": Section((TrainSettings,)),
   "sample": Section((SampleSettings,)),
   "guidance": Section((GuidanceSettings,)),
@@ -218,8 +86,16 @@ SECTIONS: Mapping[str, Section] = {
   "evaluate": Section((EvaluateSettings,)),
   "other": Section(components.SOURCES, given=("split",)),
 }
-OPTIONAL = ("guidance", "edit", "evaluate", "other")
-GENERATIVE = ("sampler", "sample", "likelihood", "guidance", "edit")
+OPTIONAL = ("guidance", "edit", "evaluate", "other", "autoencoder", "discriminator", "discriminator_optimizer")
+_ADVERSARY = ("discriminator", "discriminator_optimizer")
+_FOREIGN: Mapping[str, tuple[str, tuple[str, ...]]] = {
+  "diffusion": ("a diffusion model", _ADVERSARY),
+  "augmented": ("a diffusion with velocities", (*_ADVERSARY, "guidance", "edit")),
+  "classifier": ("a classifier", ("sampler", "sample", "likelihood", "guidance", "edit", *_ADVERSARY)),
+  "autoencoder": ("an autoencoder", ("sde", "prediction", "sampler", "guidance", "edit")),
+  "latent": ("a diffusion of latents", (*_ADVERSARY, "edit")),
+  "gan": ("a denoising diffusion GAN, which has no score", ("likelihood", "guidance", "edit")),
+}
 TOP = ("seed", *(path for path in SECTIONS if "." not in path))
 
 
@@ -325,8 +201,33 @@ def component(path: str, section: Any, /, **given: Any) -> Any:
 
 def is_classifier(config: Config) -> bool:
   """Whether the run is of a classifier: it has neither samples nor likelihoods."""
-  network = config.get("network")
-  return isinstance(network, Mapping) and network.get("type") == "Classifier"
+  return _type(config, "network") == "Classifier"
+
+
+def kind(config: Config) -> str:
+  """What a run is of: "diffusion", also a flow; "classifier", "autoencoder", "latent", "gan", or "augmented"."""
+  if is_classifier(config):
+    return "classifier"
+  if _type(config, "network") in components.AUTOENCODERS:
+    return "autoencoder"
+  if "autoencoder" in config:
+    return "latent"
+  if _type(config, "loss") == "denoising_gan":
+    return "gan"
+  return "augmented" if _type(config, "sde") == "CLD" else "diffusion"
+
+
+def check_command(command: str, config: Config) -> None:
+  """Refuse a command that a run of this kind has no use for."""
+  words, foreign = _FOREIGN[kind(config)]
+  section = "sample" if command == "evaluate" and not is_classifier(config) else command
+  if section in foreign:
+    raise ConfigError(f"{command} is not for {words}: take the --workdir of another run")
+
+
+def _type(config: Config, name: str) -> Any:
+  section = config.get(name)
+  return section.get("type") if isinstance(section, Mapping) else None
 
 
 def check_sections(config: Config) -> None:
@@ -334,11 +235,9 @@ def check_sections(config: Config) -> None:
   for name in config:
     if name not in TOP:
       raise ConfigError(f"config.{name} does not exist; {nearest(name, TOP)}")
-  foreign = GENERATIVE if is_classifier(config) else ()
+  words, foreign = _FOREIGN[kind(config)]
   if found := [name for name in foreign if name in config]:
-    raise ConfigError(
-      f"config.{found[0]} is of models that generate; leave it out for config.network.type='Classifier'"
-    )
+    raise ConfigError(f"config.{found[0]} is no part of {words}: leave it out")
   if missing := [name for name in TOP if name not in config and name not in (*OPTIONAL, *foreign)]:
     raise ConfigError(f"config needs {', '.join(missing)}")
   check_type("seed", config["seed"], int)

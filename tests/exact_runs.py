@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives
+from jaxdiff import components, factory, systems
 from jaxdiff.commands import transfer
 
 SPREAD = 0.2
@@ -110,7 +110,7 @@ def write_data(path, shape, shift=0):
 
 def make_run(folder, config, means=MEANS):
   config = factory.normalize(config)
-  objectives.check(config)
+  systems.check(config)
   transfer._write(config, factory.make_source(config, "train"), {"params": {"means": jnp.asarray(means)}}, folder)
   return folder
 

@@ -12,7 +12,7 @@ import pytest
 from oracles import mixture
 
 import jaxdiff as jd
-from jaxdiff import arguments, cli, factory, objectives
+from jaxdiff import arguments, cli, factory, objectives, systems
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.models import Classifier, conditioning
 from jaxdiff.models.classifier import AttentionPool
@@ -229,7 +229,7 @@ class Fixed:
 
 
 def test_the_objective_hands_the_labels_to_the_loss(monkeypatch):
-  objectives.check(CONFIG)
+  systems.check(CONFIG)
   monkeypatch.setattr(factory, "make_network", lambda config: Fixed(lambda x, t: jnp.zeros((len(x), 10)), 10))
   batch = jax.tree.map(jnp.asarray, DIGITS.gather(np.arange(8))) | {"u": jnp.linspace(0.1, 0.9, 8)}
   value, aux = objectives.make_objective(CONFIG, DIGITS)({}, jd.example_keys(KEY, 0, 8), batch)
@@ -258,7 +258,7 @@ def test_accuracy_at_each_noise_level_is_that_of_the_loss(monkeypatch):
     ("loss", {"type": "denoising"}, "config.loss.type must be 'classification' for config.network.type = 'Classifier'"),
     ("prediction", {"type": "noise"}, "config.prediction.type must be 'classes' for config.network.type"),
     ("sde", {"type": "CNF"}, "config.sde.type = 'CNF' has no noise"),
-    ("sampler", {"type": "ddim"}, "config.sampler is of models that generate; leave it out"),
+    ("sampler", {"type": "ddim"}, "config.sampler is no part of a classifier: leave it out"),
     ("train", {"sample_every": 2}, "config.train.sample_every must be 0"),
     ("network", {"type": "MLP"}, "config needs sample, sampler, likelihood"),
     ("loss", {"type": "classification", "weight": {"type": "noise"}}, "config.loss.weight does not exist"),
@@ -266,14 +266,14 @@ def test_accuracy_at_each_noise_level_is_that_of_the_loss(monkeypatch):
 )
 def test_what_does_not_go_together_is_refused(path, fields, message):
   with pytest.raises(factory.ConfigError, match=message):
-    objectives.check(CONFIG | {path: fields})
+    systems.check(CONFIG | {path: fields})
 
 
 def test_a_classifier_needs_its_network():
   generative = {"network": {"type": "MLP"}, "sampler": {"type": "ddim"}, "sample": {}, "likelihood": {}}
   message = "config.prediction.type = 'classes' needs config.network.type = 'Classifier', got 'MLP'"
   with pytest.raises(factory.ConfigError, match=message):
-    objectives.check(CONFIG | generative)
+    systems.check(CONFIG | generative)
 
 
 def test_labels_of_the_data_are_checked_before_training():
@@ -290,7 +290,7 @@ def test_labels_of_the_data_are_checked_before_training():
 def test_the_config_of_fashion_mnist_builds_without_its_data():
   file = pathlib.Path(__file__).parents[1] / "configs" / "fashion_mnist_classifier.py"
   config = arguments.load(file)
-  objectives.check(config)
+  systems.check(config)
   source = from_arrays(np.zeros((2, 28, 28, 1), np.uint8), np.array([0, 9]), levels=256)
   shapes = jax.eval_shape(lambda: factory.init_params(config, source))
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 323_530

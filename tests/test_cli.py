@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import arguments, cli, factory, objectives, rundir
+from jaxdiff import arguments, cli, factory, rundir, systems
 from jaxdiff.commands import training as commands
 from jaxdiff.evaluation import classifier, runs
 from jaxdiff.training import cost, load_params
@@ -496,7 +496,7 @@ def test_fields_of_the_schema_and_other_types_by_flag(capsys):
   flags = ["optimizer.weight_decay=0.1", "optimizer.clip_norm=none", "sampler.type=reverse_sde", "sampler.grid.steps=9"]
   flags += ["sde.type=VE", "sde.sigma_max=20", "network.dtype=bfloat16", "loss.weight.type=min_snr"]
   config, _ = arguments.parse("train", [TOY[0], "--workdir", "x", *(f"--config.{flag}" for flag in flags)])
-  objectives.check(config)
+  systems.check(config)
   assert config["optimizer"]["weight_decay"] == 0.1
   assert config["optimizer"]["clip_norm"] is None
   assert config["sampler"] == {"type": "reverse_sde", "grid": {"steps": 9}}

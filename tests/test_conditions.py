@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import cli, factory, objectives
+from jaxdiff import cli, factory, objectives, systems
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
@@ -369,7 +369,7 @@ def test_a_network_trained_on_noised_images_trusts_them_as_far_as_their_level(co
 )
 def test_conditions_that_the_data_do_not_have_are_refused_before_any_work(config, conditions, message):
   def start(config):
-    objectives.check(config)
+    systems.check(config)
     factory.check_conditions(config, images())
 
   with pytest.raises(ConfigError, match=message):
@@ -426,7 +426,7 @@ def test_tokens_without_a_mask_are_all_there():
 
 def test_dropping_needs_conditions(config):
   with pytest.raises(ConfigError, match="config.train.drop_conditions needs config.network.conditions; there are none"):
-    objectives.check(with_conditions(config))
+    systems.check(with_conditions(config))
 
 
 @pytest.mark.standard_promotion

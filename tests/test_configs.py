@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff import arguments, cli, factory, objectives
+from jaxdiff import arguments, cli, factory, systems
 from jaxdiff.data import prepared, sources
 from jaxdiff.data.manifest import Manifest
 from jaxdiff.models import conditioning
@@ -56,7 +56,7 @@ def train(name, workdir, *argv):
 def test_configs_build_without_their_data(name):
   """Nothing is computed and nothing allocated: 295 million parameters are shapes alone."""
   config = arguments.load(CONFIGS / f"{name}.py")
-  objectives.check(config)
+  systems.check(config)
   source = sources.from_arrays(np.zeros((2, *SHAPES[name]), np.uint8), levels=256)
   params = jax.eval_shape(lambda: factory.init_params(config, source))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))

@@ -15,7 +15,7 @@ from jaxdiff import cli
 from jaxdiff.commands import problems
 from jaxdiff.data import inputs
 from jaxdiff.data.transforms import to_uint8
-from jaxdiff.schema import EditSettings
+from jaxdiff.settings import EditSettings
 
 pytestmark = pytest.mark.standard_promotion
 SHAPE = 8, 4, 3

@@ -86,10 +86,15 @@ def test_samples_do_not_depend_on_batch_size_or_devices(devices):
   other = draw(10, 4, mesh)
   assert other["x"].shape == (10, 3)
   np.testing.assert_allclose(other["x"], reference["x"], rtol=1e-4, atol=1e-5)
-  paths = runs.trajectories(
-    score_of(jnp.float32(1.0)), sde, jd.samplers.reverse_sde(sde, jd.time_grid(sde, 20), path=True), (3,), 3, 5
-  )
+  with_path = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 20), path=True)
+  paths = runs.trajectories(score_of, jnp.float32(1.0), sde, with_path, (3,), 3, 5)
   np.testing.assert_allclose(paths[-1], reference["x"][:3], rtol=1e-4, atol=1e-5)
+  decode = lambda params, x: params + 2 * x[..., :1]
+  how = {"decode": decode, "mesh": mesh, "num": 10, "batch_size": 4, "seed": 5}
+  decoded = runs.draw(score_of, jnp.float32(1.0), sde, sampler, (3,), **how)["x"]
+  np.testing.assert_allclose(decoded, 1 + 2 * other["x"][:, :1], rtol=1e-5)
+  of_paths = runs.trajectories(score_of, jnp.float32(1.0), sde, with_path, (3,), 3, 5, decode=decode)
+  np.testing.assert_allclose(of_paths, 1 + 2 * paths[..., :1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 4])

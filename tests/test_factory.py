@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives, options, schema
+from jaxdiff import components, factory, objectives, options, schema, systems
 from jaxdiff.data import sources
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.factory import ConfigError
@@ -47,7 +47,7 @@ def toy():
 )
 def test_every_shipped_config_builds(path):
   config = load(path)
-  objectives.check(config)
+  systems.check(config)
   source = factory.make_source(config, "train")
   params = factory.init_params(config, source)
   x, t = jnp.zeros((2, *source.shape)), jnp.full(2, 0.5)
@@ -77,7 +77,7 @@ def test_identity_ignores_what_does_not_change_the_training(toy):
 def test_every_process_and_prediction_by_name(toy, kind, prediction):
   config = changed(changed(toy, "sde", {"type": kind}), "prediction", {"type": prediction})
   config["network"] |= {"width": 8, "depth": 1}
-  objectives.check(config)
+  systems.check(config)
   params = factory.init_params(config, from_arrays(np.zeros((4, 2), np.float32)))
   score = factory.make_score(config)(params)
   assert jnp.all(jnp.isfinite(jax.jit(lambda x: score(x, 0.3))(jnp.ones((2, 2)))))
@@ -140,7 +140,7 @@ def test_every_process_and_prediction_by_name(toy, kind, prediction):
 )
 def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
   with pytest.raises(ConfigError, match=message):
-    objectives.check(changed(toy, path, value))
+    systems.check(changed(toy, path, value))
 
 
 @pytest.mark.parametrize("kind", components.PROCESSES)
@@ -169,7 +169,7 @@ def test_missing_sections_are_named(toy):
   config = copy.deepcopy(toy)
   del config["sampler"], config["loss"]
   with pytest.raises(ConfigError, match="config needs loss, sampler"):
-    objectives.check(config)
+    systems.check(config)
 
 
 def test_a_config_may_leave_out_how_to_evaluate(toy):
@@ -269,7 +269,7 @@ def test_every_loss_by_name(toy, kind):
   config = with_loss(toy, kind)
   if kind == "ddpm_hybrid":
     config["network"] = {"type": "UNet", "channels": 8, "channel_multipliers": (1,), "blocks": 1, "parts": 2}
-  objectives.check(config)
+  systems.check(config)
   shape = (4, 4, 1) if kind == "ddpm_hybrid" else (2,)
   rng = np.random.default_rng(0)
   for source in (
@@ -292,7 +292,7 @@ def test_a_learned_schedule_is_trained_and_used(toy):
   config = with_loss(toy, "vdm")
   config["sde"] |= {"interior": "learned", "learn_ends": True, "gamma_min": -6.0}
   config["likelihood"] |= {"rtol": 0.1, "atol": 0.1}
-  objectives.check(config)
+  systems.check(config)
   source = from_arrays(np.random.default_rng(0).integers(0, 5, (8, 2)).astype(np.uint8), levels=5)
   params = factory.init_params(config, source)
   assert params.keys() == {"network", "gamma"}
@@ -321,19 +321,19 @@ def test_a_learned_schedule_is_trained_and_used(toy):
 )
 def test_losses_name_what_they_need(toy, path, value, message):
   with pytest.raises(ConfigError, match=message):
-    objectives.check(changed(with_loss(toy, "vdm"), path, value))
+    systems.check(changed(with_loss(toy, "vdm"), path, value))
 
 
 def test_learned_variances_need_twice_the_channels(toy):
   with pytest.raises(ConfigError, match="config.network.parts must be 2 for config.loss.type = 'ddpm_hybrid'"):
-    objectives.check(with_loss(toy, "ddpm_hybrid"))
+    systems.check(with_loss(toy, "ddpm_hybrid"))
 
 
 def test_a_learned_schedule_needs_the_loss_that_trains_it(toy):
   config = changed(with_loss(toy, "vdm"), "sde.interior", "learned")
   config["loss"] = {"type": "denoising"}
   with pytest.raises(ConfigError, match="learned parts, which config.loss.type = 'denoising' does not train"):
-    objectives.check(config)
+    systems.check(config)
 
 
 def test_the_bound_and_the_likelihood_of_integers_agree(toy):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives, options, training
+from jaxdiff import components, factory, objectives, options, systems, training
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.evaluation import runs
 from jaxdiff.factory import ConfigError
@@ -130,13 +130,13 @@ def test_a_flow_has_no_variational_bound():
 )
 def test_what_does_not_go_together_is_refused(path, fields, message, untyped):
   with pytest.raises(ConfigError, match=message):
-    objectives.check(CONFIG | {path: fields if "type" in fields else CONFIG[path] | fields})
+    systems.check(CONFIG | {path: fields if "type" in fields else CONFIG[path] | fields})
 
 
 @pytest.mark.parametrize(("path", "kind"), components.WITH_CNF.items())
 def test_the_parts_of_a_flow_need_a_flow(path, kind, untyped):
   other = {"prediction": {"type": "noise"}, "loss": {"type": "denoising"}, "sampler": {"type": "probability_flow"}}
   config = CONFIG | {"sde": {"type": "VP"}} | other
-  objectives.check(config)
+  systems.check(config)
   with pytest.raises(ConfigError, match=f"config.{path}.type = '{kind}' needs config.sde.type = 'CNF', got 'VP'"):
-    objectives.check(config | {path: {"type": kind}})
+    systems.check(config | {path: {"type": kind}})

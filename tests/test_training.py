@@ -427,9 +427,10 @@ def test_losses_beyond_their_limits_stop_the_run_by_name(tmp_path, growth):
   limits = {"critic_loss": 2e4, "maker_loss": 1e3}
   if not np.isfinite(growth):
     kind, told, limits = NonFiniteError, "critic_loss inf, maker_loss 0.5 at step 8", dict.fromkeys(limits, np.inf)
-  with Checkpoints(tmp_path, {}) as checkpoints, pytest.raises(kind) as error:
+  with Checkpoints(tmp_path, {}) as checkpoints:
     where |= {"checkpoints": checkpoints, "checkpoint_every": 2, "log_every": 1, "max_skipped": 1}
-    train(state, step_fn, Positioned(), **where, total_steps=9, limits=limits)
+    with pytest.raises(kind) as error:
+      train(state, step_fn, Positioned(), **where, total_steps=9, limits=limits)
   assert told in str(error.value)
   assert "the last good checkpoint, of step " in str(error.value)
 

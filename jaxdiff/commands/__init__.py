@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, options, parallel, rundir, schema, status
+from jaxdiff import factory, options, parallel, rundir, schema, status, systems
 from jaxdiff.commands import console, guiding
 from jaxdiff.commands.classifiers import accuracy
 from jaxdiff.commands.editing import edit as edit
@@ -20,7 +20,8 @@ from jaxdiff.commands.likelihoods import likelihood as likelihood
 from jaxdiff.commands.training import train as train
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import chunks, comparison, features, neighbours, pictures, report, runs
-from jaxdiff.schema import Config, ConfigError, EvaluateSettings, SampleSettings
+from jaxdiff.schema import Config, ConfigError
+from jaxdiff.settings import EvaluateSettings, SampleSettings
 
 _ANIMATED = 100  # samples in an animation
 _FRAMES = 60
@@ -33,14 +34,16 @@ def sample(config: Config, workdir: Path) -> None:
   console.check_batch("sample.batch_size", settings.batch_size, mesh.size)
   plan = guiding.plan(config)
   source, params, step = rundir.load(workdir, config, settings.ema_length)
-  process = factory.make_process(config, params)
+  system = systems.of(config)
+  process, shape = system.process(config, params), system.shape(config, source)
   guided = guiding.guided(config, plan, source, params)
-  sampler, given = factory.make_sampler(config, process), factory.make_given(config, settings.split, plan.told.stated)
-  console.say(f"sampling from step {step} by {config['sampler']['type']}")
+  sampler, given = system.sampler(config, process), factory.make_given(config, settings.split, plan.told.stated)
+  console.say(f"sampling from step {step}{_by(config)}")
   guiding.say(plan)
   drawn = runs.draw(
-    *(guided.score, guided.params, process, sampler, source.shape),
+    *(guided.score, guided.params, process, sampler, shape),
     *(settings.num, settings.batch_size, settings.seed, mesh, given),
+    decode=guided.decode,
   )
   if not console.first_process():
     return status.check(drawn["code"], drawn["accepted"])
@@ -48,7 +51,7 @@ def sample(config: Config, workdir: Path) -> None:
   arrays |= {name: values[numbers % len(values)] for name, values in plan.told.written.items()}
   if given is not None and given.source is not None:
     arrays["example"] = numbers % len(given.source)
-  how = {"checkpoint_step": step, "sampler": config["sampler"], **dataclasses.asdict(settings), **plan.written()}
+  how = {"checkpoint_step": step, "sampler": config.get("sampler"), **dataclasses.asdict(settings), **plan.written()}
   arrays["settings"] = console.as_text(how)
   np.savez_compressed(workdir / "samples.npz", allow_pickle=False, **arrays)
   (workdir / "denoising.gif").unlink(missing_ok=True)  # that of other samples
@@ -65,14 +68,19 @@ def sample(config: Config, workdir: Path) -> None:
     pictures.save_samples(workdir / "samples.png", drawn["x"], shown)
     if factory.has_path(config):
       count = max(_ANIMATED if settings.gif else 0, settings.trajectories)
-      with_path = factory.make_sampler(config, process, path=_path(sampler))
+      with_path = system.sampler(config, process, path=_path(sampler))
       paths = runs.trajectories(
-        guided.score(guided.params), process, with_path, source.shape, min(count, settings.num), settings.seed, given
+        *(guided.score, guided.params, process, with_path, shape),
+        *(min(count, settings.num), settings.seed, given, guided.decode),
       )
       _show_paths(workdir, source, paths, settings)
   console.list_files(
     workdir, "samples.png", "denoising.png", *(["denoising.gif"] if settings.gif else []), "samples.npz"
   )
+
+
+def _by(config: Config) -> str:
+  return f" by {config['sampler']['type']}" if "sampler" in config else ""
 
 
 def _path(sampler: Any) -> int:
@@ -134,9 +142,9 @@ def evaluate(config: Config, workdir: Path) -> None:
   first = np.argsort(closest.distance[:, 0], kind="stable")[: _SHOWN[0]]
   written = {
     "data": {"name": source.name, "content": source.content_hash},
-    "model": {name: config[name] for name in ("sde", "prediction", "network")},
+    "model": {name: config[name] for name in factory.MODEL_SECTIONS if name in config and name != "data"},
     "checkpoint_step": step,
-    "sampler": config["sampler"],
+    "sampler": config.get("sampler"),
     **plan.facts(),
     "seed": settings.seed,
     "features": {"name": chosen.name, "count": samples.features.shape[1]},
@@ -184,12 +192,16 @@ def _draw_in_chunks(
   mesh: Mesh,
 ) -> tuple[dict[str, np.ndarray], str]:
   """The samples, and what they depend on."""
-  process = factory.make_process(config, params)
-  sampler, size = factory.make_sampler(config, process), settings.batch_size
+  system, size = systems.of(config), settings.batch_size
+  process, shape = system.process(config, params), system.shape(config, source)
+  sampler = system.sampler(config, process)
   given = factory.make_given(config, settings.split, plan.told.stated)
   guided = guiding.guided(config, plan, source, params)
-  draw = runs.drawer(guided.score, guided.params, process, sampler, source.shape, size, settings.seed, mesh, given)
-  facts = {name: config[name] for name in ("sde", "prediction", "network", "sampler")} | plan.facts()
+  draw = runs.drawer(
+    *(guided.score, guided.params, process, sampler, shape, size, settings.seed, mesh, given, guided.decode)
+  )
+  names = (*factory.MODEL_SECTIONS[1:], "sampler")
+  facts = {name: config[name] for name in names if name in config} | plan.facts()
   facts |= {} if given is None or given.source is None else {"given": given.source.content_hash}
   identity = chunks.identify(guided.params, seed=settings.seed, **facts)
 

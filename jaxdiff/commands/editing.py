@@ -14,7 +14,8 @@ from jaxdiff import editing, factory, inverse, options, parallel, rundir, schema
 from jaxdiff.commands import console, guiding, problems
 from jaxdiff.evaluation import pictures, runs
 from jaxdiff.models import conditioning
-from jaxdiff.schema import Config, ConfigError, EditSettings
+from jaxdiff.schema import Config, ConfigError
+from jaxdiff.settings import EditSettings
 
 _NAMES = ("input", "measurement", "mask")  # what a sampler is told and no score
 _WRITTEN = {"mask": "known"}  # True there; of the images of --mask the contrary

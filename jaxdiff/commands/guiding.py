@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxdiff import factory, guidance, options, rundir, samplers, schema
+from jaxdiff import factory, guidance, options, rundir, samplers, schema, systems
 from jaxdiff.commands import console
 from jaxdiff.commands.telling import Told, told
 from jaxdiff.data.examples import Source
 from jaxdiff.models import conditioning
-from jaxdiff.schema import Config, ConfigError, GuidanceSettings
-from jaxdiff.typing import ScoreFn
+from jaxdiff.schema import Config, ConfigError
+from jaxdiff.settings import GuidanceSettings
+from jaxdiff.typing import ScoreFn, State
 
 _QUANTILES = {"static": None, "dynamic": 0.995}
 _READING = ("width", "layers", "heads", "max_frequency")  # how a network reads a condition, not what it is told
@@ -74,10 +75,12 @@ class Guided(NamedTuple):
   Attributes:
     params: of the model, or {"model": ..., "other": ...}.
     score: from them to the score.
+    decode: `(params, x)`, from states of the process to data; None where they are the data.
   """
 
   params: Any
   score: Callable[[Any], ScoreFn]
+  decode: Callable[[Any, State], State] | None = None
 
 
 def plan(config: Config) -> Plan:
@@ -191,17 +194,19 @@ def guided(config: Config, plan: Plan, source: Source, params: Any) -> Guided:
   Raises:
     ConfigError: the other run cannot be loaded, or is of other data than the source.
   """
-  process, base = factory.make_process(config, params), factory.make_score(config)
+  system = systems.of(config)
+  process, base, decode = system.process(config, params), system.score(config), system.decode(config)
   within = lambda score: score
   if plan.threshold != "none":
     within = lambda score: samplers.thresholded(process, score, quantile=_QUANTILES[plan.threshold])
   if plan.other is None:
     lead = _by_conditions(config, plan, process)
-    return Guided(params, lambda params: within(lead(base(params))))
+    return Guided(params, lambda params: within(lead(base(params))), decode)
   by = _by_classifier if plan.settings.classifier is not None else _by_weaker
   led = by(config, plan, plan.other, process)
   both = {"model": params, "other": _load_other(plan.settings, plan.other, source)}
-  return Guided(both, lambda both: within(led(base(both["model"]), both["other"])))
+  of_model = None if decode is None else lambda both, x: decode(both["model"], x)
+  return Guided(both, lambda both: within(led(base(both["model"]), both["other"])), of_model)
 
 
 def _scale(settings: GuidanceSettings, process: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff import factory, objectives, options, parallel, rundir, status
+from jaxdiff import factory, objectives, options, parallel, rundir, status, systems
 from jaxdiff.commands import console
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation import baselines, chunks, densities, pictures, runs
@@ -20,7 +20,6 @@ from jaxdiff.schema import Config, ConfigError
 
 _FREE = ("split", "limit", "batch_size", "bound_draws")  # what the values of an example do not depend on
 _SEEN = 20_000  # training examples that the reference densities are fitted to
-_FAILED = "model, without the {} that failed"
 
 
 class _Model(NamedTuple):
@@ -57,13 +56,14 @@ def likelihood(config: Config, workdir: Path) -> None:
     model = _Model(config, *options.in_precision(config, params), step, mesh, workdir / "likelihood", seen)
     values, report = _evaluate(model, held_out, "likelihood")
     report |= {"pilot": spreads} if spreads else {}
-    bound = _bound(model, held_out) if settings.bound_draws else {}
+    bound = _bound(model, held_out) if settings.bound_draws and systems.of(config).bound else {}
     others = None if other is None else _evaluate(model, other, "other")
   if console.first_process():
     rows = {} if held_out.levels is None else _reference_rows(source, held_out, len(values["value"]))
-    _write(workdir, "likelihood", values | bound, report, rows)
+    row = systems.of(config).row
+    _write(workdir, "likelihood", row, values | bound, report, rows)
     if others is not None:
-      _write_other(workdir, values, report, *others)
+      _write_other(workdir, row, values, report, *others)
     console.list_files(workdir, "checkpoints", *_files("likelihood"), *(_files("likelihood_other") if other else ()))
     console.list_files(workdir, "samples.png", "denoising.png", "loss.png", "config.json")
   for checked in (values, *([] if others is None else others[:1])):
@@ -93,14 +93,16 @@ def _other(config: Config, split: str, held_out: Source) -> Source:
 
 def _evaluate(model: _Model, source: Source, name: str) -> tuple[dict[str, np.ndarray], Config]:
   """The values of all examples, and a report that lacks their mean."""
-  config, one_batch = model.config, objectives.make_log_likelihood(model.config, model.params, source, model.seen)
-  statement, facts = objectives.likelihood_statement(config, model.params, source)
+  config, system = model.config, systems.of(model.config)
+  assert system.log_likelihood is not None, "a config with a section likelihood is of a system that has one"
+  one_batch = system.log_likelihood(config, model.params, source, model.seen)
+  statement, facts = system.statement(config, model.params, source)
   values = _in_chunks(model, source, one_batch, name, {field: facts[field] for field in facts if field not in _FREE})
   values["code"] = np.where(densities.failed(values) & (values["code"] == 0), status.NON_FINITE, values["code"])
   report = {
     "unit": "log-density, nats" if source.levels is None else "bits/dim",
     "bound": statement,
-    "model": {section: model.trained[section] for section in ("sde", "prediction", "network")},
+    "model": _sections(model),
     "data": {"name": source.name, "content": source.content_hash},
     "split": facts["split"],
     "examples": len(values["value"]),
@@ -112,10 +114,16 @@ def _evaluate(model: _Model, source: Source, name: str) -> tuple[dict[str, np.nd
   return values, report
 
 
+def _sections(model: _Model) -> Config:
+  return {name: model.trained[name] for name in factory.MODEL_SECTIONS[1:] if name in model.trained}
+
+
 def _bound(model: _Model, source: Source) -> dict[str, np.ndarray]:
   """The variational bound on the same examples."""
   settings = options.likelihood(model.config)
-  one_batch = objectives.make_bound(model.config, model.params, source, settings.bound_draws)
+  make = systems.of(model.config).bound
+  assert make is not None
+  one_batch = make(model.config, model.params, source, settings.bound_draws)
   facts = {"draws": settings.bound_draws, "t0": model.config["likelihood"].get("t0"), "dtype": settings.dtype}
   values = _in_chunks(model, source, one_batch, "bound", facts | {"seed": settings.seed, "loss": model.config["loss"]})
   return {name: value for name, value in values.items() if name != "index"}
@@ -125,7 +133,7 @@ def _in_chunks(model: _Model, source: Source, one_batch: Any, name: str, facts: 
   settings = options.likelihood(model.config)
   count = min(len(source), settings.limit or len(source))
   size = console.batch_size(settings.batch_size, count, model.mesh.size)
-  sections = {section: model.trained[section] for section in ("sde", "prediction", "network")}
+  sections = _sections(model)
   data = [source.name, source.split, source.content_hash]
   identity = chunks.identify(model.params, data=data, settings=facts, **sections)
   batch = runs.evaluator(one_batch, model.params, source, size, settings.seed, model.mesh)
@@ -133,10 +141,12 @@ def _in_chunks(model: _Model, source: Source, one_batch: Any, name: str, facts: 
   return chunks.in_chunks(model.folder, name, identity, count, size, batch, share)
 
 
-def _write(folder: Path, name: str, values: dict[str, np.ndarray], report: Config, rows: dict[str, Any]) -> None:
+def _write(
+  folder: Path, name: str, row: str, values: dict[str, np.ndarray], report: Config, rows: dict[str, Any]
+) -> None:
   """Write the values, the report and the histogram, and print the table."""
   result = densities.estimate(values)
-  title = "model" if not result.failed else _FAILED.format(result.failed)
+  title = row if not result.failed else f"{row}, without the {result.failed} that failed"
   if result.failed < result.examples:
     rows[title] = baselines.Bits(result.mean, result.standard_error_over_examples)
   if "bound" in values:
@@ -159,14 +169,14 @@ def _write(folder: Path, name: str, values: dict[str, np.ndarray], report: Confi
 
 
 def _write_other(
-  folder: Path, known: dict[str, np.ndarray], ours: Config, values: dict[str, np.ndarray], report: Config
+  folder: Path, row: str, known: dict[str, np.ndarray], ours: Config, values: dict[str, np.ndarray], report: Config
 ) -> None:
   """The same of the other data, and how well the likelihood tells the two sets apart."""
   usual, strange = (x["value"][~densities.failed(x)] for x in (known, values))
   sign = -1 if report["settings"]["dequantization"] is None else 1  # bits grow where the density falls
   area = densities.auroc(sign * usual, sign * strange) if len(usual) and len(strange) else None
   report |= {"against": ours["data"] | {"split": ours["split"], "examples": len(usual)}, "auroc": area}
-  _write(folder, "likelihood_other", values, report, {})
+  _write(folder, "likelihood_other", row, values, report, {})
   names = [f"{side['data']['name']}, {side['split']}" for side in (ours, report)]
   title = "AUROC cannot be known" if area is None else f"AUROC {area:.4f}"
   sides = dict(zip(names if names[0] != names[1] else [*names[:1], f"other {names[1]}"], (usual, strange), strict=True))

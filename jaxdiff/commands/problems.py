@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxdiff import inverse, keys
 from jaxdiff.data import inputs
-from jaxdiff.schema import ConfigError, EditSettings
+from jaxdiff.schema import ConfigError
+from jaxdiff.settings import EditSettings
 
 _NOISE = 4  # stream of a seed: training, sampling and likelihoods take 1 to 3
 _ROUNDING = 1 / 255  # of 8-bit images in [-1, 1], which a deblurring would enlarge

@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxdiff import factory, keys, objectives, options, parallel, rundir, schema, training
+from jaxdiff import factory, keys, objectives, options, parallel, rundir, schema, systems, training
 from jaxdiff.commands import console, telling
 from jaxdiff.data import pipeline
 from jaxdiff.data.examples import Source
-from jaxdiff.evaluation import pictures, runs
-from jaxdiff.schema import Config, ConfigError, TrainSettings
+from jaxdiff.evaluation import features, pictures, runs
+from jaxdiff.schema import Config, ConfigError
+from jaxdiff.settings import TrainSettings
 from jaxdiff.training import cost, hooks
 from jaxdiff.training.metrics import MetricsWriter, read_metrics
 from jaxdiff.training.snapshots import Snapshots
 from jaxdiff.training.state import TrainState
 
 _BOUND_DRAWS = 4  # of the variational bound in a validation
+_RECONSTRUCTED = 32  # examples in a picture
 
 
 def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> None:
@@ -72,6 +74,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
       checkpoints=checkpoints,
       checkpoint_every=settings.checkpoint_every,
       max_skipped=settings.max_skipped,
+      limits=systems.of(config).limits,
       hooks=list(_hooks(config, source, launcher, writer, workdir, profile, stack)),
       should_stop=stop.agreed,
     )
@@ -85,11 +88,12 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
 def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
   """What is run wherever that is: the state before the first step, and the train step."""
   settings, key = options.train(config), jax.random.fold_in(jax.random.key(config["seed"]), 1)
-  objective, optimizer = objectives.make_objective(config, source), factory.make_optimizer_of(config)
+  system = systems.of(config)
+  objective, optimizer = system.objective(config, source), system.optimizer(config)
   lengths, parts = settings.ema_lengths, settings.microbatches
 
   def init() -> TrainState:
-    return training.init_state(factory.init_params(config, source), optimizer, key, lengths)
+    return training.init_state(system.init_params(config, source), optimizer, key, lengths)
 
   step = training.make_train_step(
     objective, optimizer, settings.ema_decay, settings.batch_size, ema_lengths=lengths, microbatches=parts
@@ -159,6 +163,9 @@ def _hooks(
   if settings.sample_every:
     draw = _sampling(config, source, launcher, writer, workdir / "samples")
     yield hooks.every(settings.sample_every, draw, settings.steps)
+  if settings.sample_every and (reconstruct := systems.of(config).reconstruct):
+    show = _reconstructing(config, reconstruct, launcher, writer, workdir / "reconstructions")
+    yield hooks.every(settings.sample_every, show, settings.steps)
   if profile is not None:
     traced = hooks.Profile(workdir / "profile", *profile)
     stack.callback(traced.close)
@@ -166,28 +173,27 @@ def _hooks(
 
 
 def _validation(config: Config, launcher: parallel.Launcher, writer: MetricsWriter) -> training.Hook:
-  """Writes the mean loss of held-out examples and, where there is one, their variational bound, of the average; of a
-  classifier how often it is right.
+  """Writes the means of the loss and its diagnostics over held-out examples and, where there is one, of their
+  variational bound, of the average.
 
   The noise is the same each time, so that the numbers can be compared.
   """
-  settings, classifier = options.train(config), schema.is_classifier(config)
-  split = (options.evaluate if classifier else options.likelihood)(config).split
-  if not classifier:
+  settings, classifier, system = options.train(config), schema.is_classifier(config), systems.of(config)
+  split = options.evaluate(config).split
+  if "likelihood" in config:
+    split = options.likelihood(config).split
     config = config | {"likelihood": {**config["likelihood"], "dtype": "float32"}}
   held_out = factory.make_source(config, split)
   count = min(settings.validate_examples, len(held_out))
   size = console.batch_size(settings.batch_size, count, launcher.mesh.size)
-  objective = objectives.make_objective(config, held_out, training=False)
+  objective = system.objective(config, held_out, training=False)
 
   def one_batch(params: Any, key: jax.Array, batch: objectives.Batch) -> dict[str, jax.Array]:
     loss_key, time_key, bound_key = keys.split(key, 3)
     loss, aux = objective(params, loss_key, {**batch, "u": keys.uniform(time_key, key.shape)})
-    if classifier:
-      return {"validation_loss": loss, "validation_accuracy": aux["accuracy"]}
-    values = {"validation_loss": loss, "validation_loss_per_dim": aux["loss_per_dim"]}
-    if not options.is_flow(config):
-      bound = objectives.make_bound(config, params, held_out, _BOUND_DRAWS)
+    values = {"validation_loss": loss} | {f"validation_{name}": value for name, value in aux.items() if name != "t"}
+    if system.bound is not None and not (classifier or options.is_flow(config)):
+      bound = system.bound(config, params, held_out, _BOUND_DRAWS)
       values["validation_bound"] = bound(params, bound_key, batch)["bound"]
     return values
 
@@ -212,14 +218,14 @@ def _sampling(
   config: Config, source: Source, launcher: parallel.Launcher, writer: MetricsWriter, folder: Path
 ) -> training.Hook:
   """Draws samples of the average into a picture a step, and shows it."""
-  settings, mesh = options.sample(config), launcher.mesh
+  settings, mesh, system = options.sample(config), launcher.mesh, systems.of(config)
   given = factory.make_given(config, settings.split, telling.told(config).stated)
   beside = source if given is None or given.source is None else given.source
 
   def make(params: Any) -> Callable[..., Any]:
-    process = factory.make_process(config, params)
-    sampler, score = factory.make_sampler(config, process), factory.make_score(config)
-    return runs.sampling(score, process, sampler, source.shape, settings.batch_size, settings.seed, mesh, given)
+    process, shape = system.process(config, params), system.shape(config, source)
+    sampler, score, decode = system.sampler(config, process), system.score(config), system.decode(config)
+    return runs.sampling(score, process, sampler, shape, settings.batch_size, settings.seed, mesh, given, decode)
 
   fixed = make(None) if factory.learned(config) is None else None
 
@@ -227,14 +233,39 @@ def _sampling(
     params = parallel.replicate(mesh, state.ema_params)
     draw = fixed or make(parallel.to_host(params))
     parts = [draw(params, start)["x"] for start in range(0, settings.num, settings.batch_size)]
-    if console.first_process():
-      folder.mkdir(exist_ok=True)
-      path = folder / f"{step:08}.png"
-      shown = beside.gather(np.arange(min(len(beside), settings.num)))["x"]
-      pictures.save_samples(path, np.concatenate(parts)[: settings.num], shown)
-      writer.picture(step, "samples", np.asarray(Image.open(path).convert("RGB")))
+    shown = beside.gather(np.arange(min(len(beside), settings.num)))["x"]
+    save = lambda path: pictures.save_samples(path, np.concatenate(parts)[: settings.num], shown)
+    _picture(step, folder, writer, save)
 
   return run
+
+
+def _reconstructing(
+  config: Config, reconstruct: Any, launcher: parallel.Launcher, writer: MetricsWriter, folder: Path
+) -> training.Hook:
+  """Encodes and decodes held-out examples by the average into a picture a step: each above what became of it."""
+  held_out = factory.make_source(config, "test")
+  size = console.batch_size(_RECONSTRUCTED, len(held_out), launcher.mesh.size)
+  size -= size % launcher.mesh.size
+  run_batch = reconstruct(config, held_out)
+  one_batch = lambda params, key, batch: {"x": run_batch(params, key, batch)}
+  evaluate = runs.evaluation(one_batch, held_out, size, config["seed"], launcher.mesh)
+  x = np.asarray(features.to_values(held_out.gather(np.arange(size))["x"], held_out.levels))
+
+  def run(step: int, state: TrainState) -> None:
+    y = evaluate(parallel.replicate(launcher.mesh, state.ema_params), 0)["x"]
+    _picture(step, folder, writer, lambda path: pictures.save_pairs(path, x, y))
+
+  return run
+
+
+def _picture(step: int, folder: Path, writer: MetricsWriter, save: Callable[[Path], None]) -> None:
+  """Save a picture as that of a step, and show it."""
+  if console.first_process():
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{step:08}.png"
+    save(path)
+    writer.picture(step, folder.name, np.asarray(Image.open(path).convert("RGB")))
 
 
 def _show_loss(workdir: Path, source: Source | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxdiff import arguments, factory, objectives, options, rundir, training, weights
+from jaxdiff import arguments, factory, options, rundir, systems, training, weights
 from jaxdiff.commands import console
 from jaxdiff.schema import Config, ConfigError
 from jaxdiff.weights import files, score_sde
@@ -39,7 +39,7 @@ def import_model(path: Path, workdir: Path, texts: Mapping[str, str]) -> None:
   shape = model.sections["data"]["shape"]
   named: Config = {"data": {}} if "data.type" in texts else {}
   config = factory.normalize(arguments.override(_defaults(model.sections) | model.sections | named, texts))
-  objectives.check(config)
+  systems.check(config)
   source = factory.make_source(config, "train")
   if source.shape != shape:
     raise ConfigError(f"config.data: {source.name} has the shape {source.shape}, the model is for {shape}")
@@ -89,7 +89,7 @@ def _exported(path: Path, saved: Config) -> _Model:
   model = {name: saved[name] for name in ("sde", "prediction", "loss", "network")}
   sections = model | {"data": {"type": "absent", "shape": shape, "levels": levels}}
   config = _defaults(sections) | sections
-  objectives.check(config)
+  systems.check(config)
   shapes = jax.eval_shape(lambda: factory.init_params(config, factory.make_source(config, "train")))
   return _Model(sections, weights.restore(path, shapes))
 

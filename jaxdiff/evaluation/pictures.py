@@ -84,6 +84,12 @@ def save_neighbours(
   save_grid(path, rows.reshape(-1, *samples.shape[1:]), columns=rows.shape[1])
 
 
+def save_pairs(path: Path, x: Float[np.ndarray, "n h w c"], y: Float[np.ndarray, "n h w c"], columns: int = 8) -> None:
+  """Write rows of images x, and below each row what became of them, y."""
+  rows = [part[k : k + columns] for k in range(0, len(x), columns) for part in (x, y)]
+  save_grid(path, np.concatenate(rows), columns=columns)
+
+
 def save_samples(path: Path, x: Float[np.ndarray, "n *d"], reference: Shaped[np.ndarray, "m *d"]) -> None:
   """Write images as a square grid, or points in the plane beside those of the data."""
   if x.shape[1:] == (2,):

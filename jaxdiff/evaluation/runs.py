@@ -19,6 +19,7 @@ from jaxdiff.data.examples import Source
 from jaxdiff.typing import Cond, Keys, Params, ScoreFn, State
 
 Batch = Mapping[str, Any]
+Decode = Callable[[Params, State], State]
 
 _SAMPLING, _LIKELIHOOD = 2, 3  # streams of a seed; training takes 1
 
@@ -62,6 +63,7 @@ def sampling(
   seed: int,
   mesh: Mesh,
   given: Given | None = None,
+  decode: Decode | None = None,
 ) -> Callable[[Params, int], dict[str, np.ndarray]]:
   """What draws a batch of samples: from parameters, replicated over the mesh, and the first of the samples to the
   arrays of `draw` for `batch_size`.
@@ -73,7 +75,8 @@ def sampling(
     prior_key, path_key = keys.split(example)
     x_T = sde.prior_sample(prior_key, (len(example), *shape))
     sample = sampler(path_key, x_T, score(params), {} if given is None else given.cond(batch))
-    return {"x": sample.x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
+    x = sample.x if decode is None else decode(params, sample.x)
+    return {"x": x, "nfe": sample.nfe, "code": sample.status.code, "accepted": sample.status.accepted}
 
   sharded = parallel.shard_examples(one_batch, mesh)
   run = jax.jit(
@@ -105,9 +108,10 @@ def drawer(
   seed: int,
   mesh: Mesh,
   given: Given | None = None,
+  decode: Decode | None = None,
 ) -> Callable[[int], dict[str, np.ndarray]]:
   """`sampling` of one model: from the first of the samples to the arrays."""
-  run = sampling(score, sde, sampler, shape, batch_size, seed, mesh, given)
+  run = sampling(score, sde, sampler, shape, batch_size, seed, mesh, given, decode)
   params = parallel.replicate(mesh, params)
   return lambda start: run(params, start)
 
@@ -123,6 +127,7 @@ def draw(
   seed: int,
   mesh: Mesh,
   given: Given | None = None,
+  decode: Decode | None = None,
 ) -> dict[str, np.ndarray]:
   """Draw `num` samples.
 
@@ -131,17 +136,18 @@ def draw(
     params: the parameters.
     sde: the process, or what else has a prior.
     sampler: from `jaxdiff.samplers`, without path.
-    shape: of one example.
+    shape: of one state of the process.
     num: how many samples.
     batch_size: how many at a time, divisible by the number of devices.
     seed: of the samples.
     mesh: the devices.
     given: the conditions, where the model has some.
+    decode: `(params, x) -> x`, from states of the process to data; None where they are the data.
 
   Returns:
     Arrays `x [num, *shape]`, `nfe [num]`, `code [num]` (0 where the solve succeeded) and `accepted [num]`.
   """
-  batch = drawer(score, params, sde, sampler, shape, batch_size, seed, mesh, given)
+  batch = drawer(score, params, sde, sampler, shape, batch_size, seed, mesh, given, decode)
   parts = []
   with tqdm(total=num, unit="sample", desc="sampling", disable=None if jax.process_index() == 0 else True) as bar:
     for start in range(0, num, batch_size):
@@ -151,23 +157,26 @@ def draw(
 
 
 def trajectories(
-  score: ScoreFn,
+  score: Callable[[Params], ScoreFn],
+  params: Params,
   sde: Prior,
   sampler: Callable[..., Any],
   shape: tuple[int, ...],
   num: int,
   seed: int,
   given: Given | None = None,
+  decode: Decode | None = None,
 ) -> np.ndarray:
   """The paths `[n, num, *shape]` of the first `num` samples of `draw`, by the same sampler with its path."""
 
   @jax.jit
-  def run(score: ScoreFn, batch: Batch) -> jax.Array:
+  def run(params: Params, batch: Batch) -> jax.Array:
     prior_key, path_key = keys.split(keys.example_keys(_sampling_key(seed), 0, num))
     cond = {} if given is None else given.cond(batch)
-    return sampler(path_key, sde.prior_sample(prior_key, (num, *shape)), score, cond).path
+    path = sampler(path_key, sde.prior_sample(prior_key, (num, *shape)), score(params), cond).path
+    return path if decode is None else jax.lax.map(lambda x: decode(params, x), path)
 
-  return np.asarray(run(score, {} if given is None else given.rows(np.arange(num))))
+  return np.asarray(run(params, {} if given is None else given.rows(np.arange(num))))
 
 
 def evaluation(
