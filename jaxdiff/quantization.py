@@ -2,7 +2,7 @@
 
     nearest code         k(z) = argmin_k |z - e_k|,   z_q = e_k(z)                                                   (1)
     straight-through     z + stop_gradient(z_q - z): the value of z_q, with the gradient of z                        (2)
-    perplexity           exp(-sum_k p_k log p_k) of the shares p_k of the codes: K if all are used alike, 1 if one is  (3)
+    perplexity           exp(-sum_k p_k log p_k) of the shares p_k of the codes: K for equal ones, 1 for one alone   (3)
     Gumbel-max           argmax_k (logit_k + g_k) ~ softmax(logits),   g_k = -log(-log u_k)                          (4)
     Gumbel-softmax       softmax((logits + g) / temperature): (4) as one-hot, relaxed                                (5)
 

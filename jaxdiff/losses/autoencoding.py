@@ -5,8 +5,8 @@
 
 with equality where q(z | x) is the posterior of the model.
 
-`vae`      q = N(mean, diag(exp(log_variance))), p = N(0, I):    kl = 1/2 sum mean^2 + exp(log_variance) - 1 - log_variance
-`gumbel`   q = softmax(logits) at every position, p = 1 / K:     kl = sum_positions log K - H(q)
+`vae`      q = N(mean, diag(v)), p = N(0, I):                   kl = 1/2 sum (mean^2 + v - 1 - log v)
+`gumbel`   q = softmax(logits) at every position, p = 1 / K:    kl = sum_positions log K - H(q)
 
 both in closed form; the reconstruction is estimated by one sample z of an example, reparameterized.
 

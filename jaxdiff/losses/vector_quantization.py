@@ -1,8 +1,8 @@
 """The VQ-VAE: the negative ELBO of vectors replaced by those of a codebook, with what trains encoder and codebook.
 
-    -log p(x)  <=  -log p(x | z_q) + n log K            n positions, q(z | x) all on the nearest codes, uniform prior  (1)
-    loss        =  (1) + beta |z - sg(z_q)|^2           keeps the encoder near its codes ("commitment")               (2)
-                     + |sg(z) - z_q|^2                  moves the codes, if they are trained by this loss             (3)
+    -log p(x)  <=  -log p(x | z_q) + n log K     n positions, q(z | x) all on the nearest codes, uniform prior       (1)
+    loss        =  (1) + beta |z - sg(z_q)|^2    keeps the encoder near its codes ("commitment")                     (2)
+                     + |sg(z) - z_q|^2           moves the codes, if they are trained by this loss                   (3)
 
 with sg = stop_gradient and squares summed over positions and channels; the decoder sees z + sg(z_q - z).
 
@@ -132,7 +132,6 @@ def _places(
   step: Int[Array, ""], codes: int, global_batch: int, positions: int
 ) -> tuple[Int[Array, " {codes}"], Int[Array, " {codes}"]]:
   """The example and the position that every code's candidate comes from at this step."""
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(_SEED), step))
-  return tuple(
-    jax.random.randint(key, (codes,), 0, size) for key, size in zip(keys, (global_batch, positions), strict=True)
-  )
+  of_example, of_position = jax.random.split(jax.random.fold_in(jax.random.key(_SEED), step))
+  draw = lambda key, size: jax.random.randint(key, (codes,), 0, size)
+  return draw(of_example, global_batch), draw(of_position, positions)
