@@ -17,6 +17,7 @@ from jaxdiff import ncsn as ncsn
 from jaxdiff import ode as ode
 from jaxdiff import parallel as parallel
 from jaxdiff import predictions as predictions
+from jaxdiff import quantization as quantization
 from jaxdiff import samplers as samplers
 from jaxdiff import schedules as schedules
 from jaxdiff import typing as typing

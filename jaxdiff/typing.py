@@ -50,6 +50,32 @@ class Autoencoder(NamedTuple):
   decode: Callable[[Array], Array]
 
 
+class DiscreteAutoencoder(NamedTuple):
+  """As `Autoencoder`, with latents that are codes 0..K-1.
+
+  Attributes:
+    encode: `x [b, *d] -> logits [b, *p, K]` of the posterior of the code at every position.
+    decode: `probabilities [b, *p, K] -> output [b, ...]`, the parameters of the distribution of x given the codes.
+  """
+
+  encode: Callable[[Array], Array]
+  decode: Callable[[Array], Array]
+
+
+class QuantizedAutoencoder(NamedTuple):
+  """As `Autoencoder`, with latents that are vectors of a codebook.
+
+  Attributes:
+    encode: `x [b, *d] -> [b, *p, e]`, a vector at every position.
+    decode: `z [b, *p, e] -> output [b, ...]`, the parameters of the distribution of x given the vectors.
+    codebook: "vectors" [K, e]; where they are moving averages also "counts" [K] and "sums" [K, e].
+  """
+
+  encode: Callable[[Array], Array]
+  decode: Callable[[Array], Array]
+  codebook: Mapping[str, Array]
+
+
 class Status(NamedTuple):
   """How a solve went, example by example; `jaxdiff.raise_if_failed` turns it into an error on the host.
 

@@ -5,15 +5,19 @@ discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
 -log p(y | x_t)    classification                                 of a classifier of noised data, for guidance
+autoencoders       vae, vq, gumbel                                bounds on -log p, in nats, without u
 
 `averaged(loss, draws)` evaluates a loss, `drop_conditions(loss, null, probability)` trains with and without them,
 `noised_condition(loss, image, level, most)` on noised images; `weights` and `times` say where a loss looks; `decoders`
-are for integers.
+are for integers, `observations` for what an autoencoder puts out.
 """
 
 from jaxdiff.losses import decoders as decoders
+from jaxdiff.losses import observations as observations
 from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
+from jaxdiff.losses.autoencoding import gumbel as gumbel
+from jaxdiff.losses.autoencoding import vae as vae
 from jaxdiff.losses.bounds import averaged as averaged
 from jaxdiff.losses.bounds import bound as bound
 from jaxdiff.losses.classification import classification as classification
@@ -30,3 +34,4 @@ from jaxdiff.losses.score_matching import explicit as explicit
 from jaxdiff.losses.score_matching import implicit as implicit
 from jaxdiff.losses.score_matching import sliced as sliced
 from jaxdiff.losses.vdm import vdm as vdm
+from jaxdiff.losses.vector_quantization import vq as vq

@@ -1,7 +1,7 @@
 """Score networks in flax.linen.
 
-jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships, and the flow `Dequantizer` of
-`likelihood.dequantization.variational`.
+jaxdiff takes any callable (x, t, **cond) -> array; these are the ones it ships, the autoencoders of `losses.vae`,
+`losses.vq` and `losses.gumbel`, and the flow `Dequantizer` of `likelihood.dequantization.variational`.
 """
 
 from jaxdiff.models import conditioning as conditioning
@@ -12,6 +12,8 @@ from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.models.dit import DiT as DiT
 from jaxdiff.models.mlp import MLP as MLP
 from jaxdiff.models.ncsn import RefineNet as RefineNet
+from jaxdiff.models.quantized import VQVAE as VQVAE
+from jaxdiff.models.quantized import GumbelVAE as GumbelVAE
 from jaxdiff.models.text import Text as Text
 from jaxdiff.models.unet import UNet as UNet
 from jaxdiff.models.vdm import VDMNet as VDMNet

@@ -1,6 +1,7 @@
 """Training: state, step, optimizer, checkpoints and the loop; one user of the library among others."""
 
 from jaxdiff.training.checkpoint import Checkpoints, FingerprintError, load_fingerprint, load_params
+from jaxdiff.training.codebook import moving_average
 from jaxdiff.training.loop import DivergedError, Hook, NonFiniteError, train
 from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.snapshots import Snapshots, reconstruct
@@ -24,6 +25,7 @@ __all__ = [
   "load_params",
   "make_optimizer",
   "make_train_step",
+  "moving_average",
   "reconstruct",
   "train",
 ]
