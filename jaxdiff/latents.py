@@ -78,7 +78,7 @@ def posterior(autoencoder: Autoencoder, x: Shaped[Array, "b *d"]) -> Posterior:
   shapes = [value.shape for value in encoded]
   if shapes[0] != shapes[1] or shapes[0][0] != len(x):
     raise ValueError(f"encode must return mean and log_variance of one shape [{len(x)}, ...], got {shapes}")
-  return Posterior(*(value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in encoded))
+  return Posterior(*(value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32) for value in encoded))
 
 
 def sample(key: Key[Array, " b"], of: Posterior) -> Float[Array, "b *k"]:
