@@ -11,6 +11,7 @@ from jaxdiff import editing as editing
 from jaxdiff import flow as flow
 from jaxdiff import guidance as guidance
 from jaxdiff import inverse as inverse
+from jaxdiff import latents as latents
 from jaxdiff import likelihood as likelihood
 from jaxdiff import losses as losses
 from jaxdiff import ncsn as ncsn
@@ -23,6 +24,8 @@ from jaxdiff import schedules as schedules
 from jaxdiff import typing as typing
 from jaxdiff.keys import example_keys as example_keys
 from jaxdiff.linear_sde import LinearSDE as LinearSDE
+from jaxdiff.mixing import MixedScore as MixedScore
+from jaxdiff.mixing import mixed_score as mixed_score
 from jaxdiff.predictions import Prediction as Prediction
 from jaxdiff.predictions import denoised as denoised
 from jaxdiff.predictions import score_fn as score_fn

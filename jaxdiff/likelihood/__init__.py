@@ -1,5 +1,5 @@
 """Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, and bits per dimension of integers,
-and which trace estimator to take."""
+bounds of latent diffusion, and which trace estimator to take."""
 
 from jaxdiff.flow import LogDensity as LogDensity
 from jaxdiff.likelihood import dequantization as dequantization
@@ -12,6 +12,9 @@ from jaxdiff.likelihood.density import log_prob as log_prob
 from jaxdiff.likelihood.dequantization import Dequantization as Dequantization
 from jaxdiff.likelihood.dequantization import dequantize as dequantize
 from jaxdiff.likelihood.dequantization import dequantized as dequantized
+from jaxdiff.likelihood.latent import LatentBound as LatentBound
+from jaxdiff.likelihood.latent import latent_elbo as latent_elbo
+from jaxdiff.likelihood.latent import latent_ode as latent_ode
 from jaxdiff.likelihood.pilot import PCA_UP_TO as PCA_UP_TO
 from jaxdiff.likelihood.pilot import Pilot as Pilot
 from jaxdiff.likelihood.pilot import candidates as candidates

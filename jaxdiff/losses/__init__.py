@@ -3,6 +3,7 @@
 score matching     denoising, explicit, implicit, sliced          of a process, or of data as they are
 discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain` and `ddpm.Chain`
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
+                   lsgm                                          of an autoencoder and a diffusion of its latents
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
 -log p(y | x_t)    classification                                 of a classifier of noised data, for guidance
 autoencoders       vae, vq, gumbel                                bounds on -log p, in nats, without u
@@ -26,6 +27,8 @@ from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
 from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
 from jaxdiff.losses.dropping import drop_conditions as drop_conditions
 from jaxdiff.losses.ffjord import ffjord as ffjord
+from jaxdiff.losses.lsgm import LatentModel as LatentModel
+from jaxdiff.losses.lsgm import lsgm as lsgm
 from jaxdiff.losses.ncsn import ncsn as ncsn
 from jaxdiff.losses.noising import noised_condition as noised_condition
 from jaxdiff.losses.score_matching import Loss as Loss

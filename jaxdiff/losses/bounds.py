@@ -15,6 +15,7 @@ References:
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,7 @@ def bound(
     True
   """
   check_made(sde, prediction, weights.likelihood(), time)
-  if not time.unbiased:
-    raise ValueError("time must be times.importance() or uniform(): with others the mean of the loss is no bound")
+  check_unbiased(time)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
   check_decoder(levels, data_range, decoder)
   match = denoising(sde, prediction, weights.likelihood(), time, first)
@@ -102,7 +102,7 @@ def averaged(loss: Loss, draws: int) -> Callable[..., tuple[Float[Array, " b"], 
   """A loss averaged over `draws` of its noise, with times spread evenly over the draws of each example: for evaluation.
 
   Args:
-    loss: `bound`, `vdm`, or any other that takes u.
+    loss: `bound`, `vdm`, `lsgm`, or any other that takes u.
     draws: how many, each a network evaluation.
 
   Returns:
@@ -116,9 +116,7 @@ def averaged(loss: Loss, draws: int) -> Callable[..., tuple[Float[Array, " b"], 
   checks.whole("draws", draws, 1)
   checks.made("loss", loss)
 
-  def fn(
-    key: Keys, x: Shaped[Array, "b *d"], network: Network, cond: Cond = NO_COND
-  ) -> tuple[Float[Array, " b"], Costs]:
+  def fn(key: Keys, x: Shaped[Array, "b *d"], network: Any, cond: Cond = NO_COND) -> tuple[Float[Array, " b"], Costs]:
     draw_key, offset_key = keys.split(keys.per_example(key, len(x)))
     offset = keys.uniform(offset_key, (len(x),), jnp.result_type(float))
 
@@ -130,6 +128,12 @@ def averaged(loss: Loss, draws: int) -> Callable[..., tuple[Float[Array, " b"], 
     return values.mean(axis=0), {name: value.mean(axis=0) for name, value in aux.items()} | {"standard_error": spread}
 
   return fn
+
+
+def check_unbiased(time: times.Times) -> None:
+  """Refuse times of which the mean of the loss is no bound."""
+  if not time.unbiased:
+    raise ValueError("time must be times.importance() or uniform(): with others the mean of the loss is no bound")
 
 
 def check_decoder(levels: int | None, data_range: tuple[float, float], decoder: Decoder | None) -> None:
@@ -168,7 +172,7 @@ def prior_cost(
     checks.per_example("what prior_log_prob returns", prior_log_prob(mean + sign * v), len(x0)) for sign in (std, -std)
   )
   cross = -0.5 * sum(both)
-  return cross - x0[0].size * _gaussian_entropy(sigma)
+  return cross - x0[0].size * gaussian_entropy(sigma)
 
 
 def reconstruction_cost(
@@ -183,7 +187,7 @@ def reconstruction_cost(
 ) -> Float[Array, " b"]:
   """-log p(x | z) in nats at one z = alpha x0 + sigma eps; in closed form for continuous data without a decoder."""
   if levels is None and decoder is None:
-    return jnp.full(len(x), x0[0].size * _gaussian_entropy(sigma / alpha))
+    return jnp.full(len(x), x0[0].size * gaussian_entropy(sigma / alpha))
   x0 = x0.astype(sigma.dtype)
   z = alpha * x0 + sigma * keys.normal(key, x0.shape, x0.dtype)
   if decoder is not None:
@@ -201,5 +205,6 @@ def total(
   return costs["bits_per_dim"], {name: cost / (dimension * math.log(2)) for name, cost in costs.items()}
 
 
-def _gaussian_entropy(std: Float[Array, ""]) -> Float[Array, ""]:
+def gaussian_entropy(std: Float[Array, ""]) -> Float[Array, ""]:
+  """Of N(0, std^2), in nats."""
   return jnp.log(std) + 0.5 * math.log(2 * math.pi * math.e)
