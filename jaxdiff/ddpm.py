@@ -65,6 +65,40 @@ def cosine_betas(steps: int, offset: float = 0.008, largest: float = 0.999) -> F
   return jnp.asarray(np.minimum(betas, largest), jnp.result_type(float))
 
 
+def vp_betas(steps: int, beta_min: float = 0.1, beta_max: float = 20.0) -> Float[Array, " {steps}"]:
+  """1 - exp(B(t - 1 / T) - B(t)) at t = 1 / T .. 1, B the integral of VP's linear beta: VP in T steps, T = 1 too.
+
+  The chain has the marginals of `VP(beta_min, beta_max)` at the times of its steps, so that one process can be walked
+  in any number of them. With the last beta near 1 few digits of 1 - beta are left in float32: for T = 1 alpha_T is good
+  to 1e-3 of itself.
+
+  Args:
+    steps: T.
+    beta_min: beta at t = 0, per unit of time, at least 0.
+    beta_max: beta at t = 1, not below beta_min.
+
+  Raises:
+    ValueError: for steps below 1, or betas that are negative or fall.
+    TypeError: for steps that are no integer.
+
+  Example:
+    >>> import jaxdiff as jd
+    >>> chain = jd.ddpm.Chain(jd.ddpm.vp_betas(4))
+    >>> [round(float(process.marginal(t)[0]), 5) for process, t in ((chain, 2), (jd.VP(), 0.5))]
+    [0.28118, 0.28118]
+
+  References:
+    Song et al. 2021, Score-Based Generative Modeling through SDEs, Appendix C; Xiao et al. 2022, Tackling the
+    Generative Learning Trilemma with Denoising Diffusion GANs, for a few steps of it.
+  """
+  checks.whole("steps", steps, 1)
+  if not 0 <= beta_min <= beta_max:
+    raise ValueError(f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, got {beta_min} and {beta_max}")
+  t = np.arange(steps + 1) / steps
+  integral = t * (beta_min + 0.5 * t * (beta_max - beta_min))
+  return jnp.asarray(-np.expm1(-np.diff(integral)), jnp.result_type(float))
+
+
 def remaining_variance(alpha: Coefficient, sigma: Coefficient, data_variance: ArrayLike) -> Coefficient:
   """mean_c [ c sigma^2 / (alpha^2 c + sigma^2) ]: the variance that x_0 still has when x_t is known, for Gaussian data.
 
@@ -164,6 +198,12 @@ class Chain:
     sigma_t = self.marginal(t)[1]
     of_data, of_state = alpha * beta / sigma_t**2, jnp.sqrt(1 - beta) * (sigma / sigma_t) ** 2
     return expand(of_data, x0) * x0 + expand(of_state, x_t) * x_t, self.variance("beta_tilde", t)
+
+  def sample_posterior(self, key: Keys, x0: State, x_t: State, t: Step) -> State:
+    """x_{t-1} `[b, *d]` drawn given x_t and x_0, eq. (3); at t = 1 it is x_0."""
+    mean, variance = self.posterior(x0, x_t, t)
+    noise = keys.normal(keys.per_example(key, len(x0)), x0.shape, x0.dtype)
+    return mean + expand(jnp.sqrt(variance), x0) * noise
 
   def reverse_mean(self, x_t: State, noise: State, t: Step) -> State:
     """Mean of x_{t-1} given x_t and its noise, eq. (5): the posterior mean at the x_0 that this noise implies."""

@@ -7,6 +7,7 @@ bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
 -log p(y | x_t)    classification                                 of a classifier of noised data, for guidance
 autoencoders       vae, vq, gumbel                                bounds on -log p, in nats, without u
+adversarial        denoising_gan, patch_adversarial               of `Players`: a generator and a discriminator
 
 `averaged(loss, draws)` evaluates a loss, `drop_conditions(loss, null, probability)` trains with and without them,
 `noised_condition(loss, image, level, most)` on noised images; `weights` and `times` say where a loss looks; `decoders`
@@ -19,6 +20,9 @@ from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
 from jaxdiff.losses.autoencoding import gumbel as gumbel
 from jaxdiff.losses.autoencoding import vae as vae
+from jaxdiff.losses.adversarial import Players as Players
+from jaxdiff.losses.adversarial import denoising_gan as denoising_gan
+from jaxdiff.losses.adversarial import patch_adversarial as patch_adversarial
 from jaxdiff.losses.bounds import averaged as averaged
 from jaxdiff.losses.bounds import bound as bound
 from jaxdiff.losses.classification import classification as classification

@@ -9,6 +9,9 @@ from jaxdiff.models import presets as presets
 from jaxdiff.models.autoencoder import AutoencoderKL as AutoencoderKL
 from jaxdiff.models.classifier import Classifier as Classifier
 from jaxdiff.models.dequantizer import Dequantizer as Dequantizer
+from jaxdiff.models.discriminator import PatchDiscriminator as PatchDiscriminator
+from jaxdiff.models.discriminator import StepDiscriminator as StepDiscriminator
+from jaxdiff.models.discriminator import VectorDiscriminator as VectorDiscriminator
 from jaxdiff.models.dit import DiT as DiT
 from jaxdiff.models.mlp import MLP as MLP
 from jaxdiff.models.ncsn import RefineNet as RefineNet

@@ -2,6 +2,7 @@
 
     reverse SDE      reverse_sde, reverse_diffusion, stochastic_heun, adaptive_sde, predictor_corrector
     ancestral        ancestral (DDPM, SMLD), ddim, ddim_encode
+    adversarial      denoising_gan
     exponential      dpm_solver, dpm_solver_pp, unipc
     flow             edm, probability_flow, probability_flow_encode, interpolate
     Langevin         langevin, mala, annealed_langevin, langevin_corrector
@@ -14,6 +15,7 @@ from jaxdiff.samplers.adaptive_sde import adaptive_sde as adaptive_sde
 from jaxdiff.samplers.ancestral import ancestral as ancestral
 from jaxdiff.samplers.ddim import ddim as ddim
 from jaxdiff.samplers.ddim import ddim_encode as ddim_encode
+from jaxdiff.samplers.denoising_gan import denoising_gan as denoising_gan
 from jaxdiff.samplers.dpm_solver import dpm_solver as dpm_solver
 from jaxdiff.samplers.dpm_solver_pp import dpm_solver_pp as dpm_solver_pp
 from jaxdiff.samplers.edm import edm as edm
