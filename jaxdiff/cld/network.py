@@ -3,12 +3,12 @@
 With u_t = m x_0 + L eps, L lower triangular, the score of the velocity given x_0 is -eps_v / L_vv. So with e(u, t)
 trained to be eps_v, as by `losses.hybrid`,
 
-    velocity score = -e / L_vv                                                                                      (1)
-    E[x_0 | u_t] = (L_vx x - L_xx v + L_xx L_vv e) / (L_vx m_x - L_xx m_v)                                            (2)
+    velocity score = -e / L_vv                                                                                       (1)
+    E[x_0 | u_t] = (L_vx x - L_xx v + L_xx L_vv e) / (L_vx m_x - L_xx m_v)                                           (2)
 
 where e is the output of the network or, mixed, the output and what e is for data N(0, I),
 
-    e = output + L_vv (C_xx v - C_xv x) / det C,    C = L L^T + m m^T                                               (3)
+    e = output + L_vv (C_xx v - C_xv x) / det C,    C = L L^T + m m^T                                                (3)
 
 Near the data L_vv goes as sqrt t, where the deviation of a scalar process goes as t: a milder score.
 
@@ -58,9 +58,7 @@ def _entries(cholesky: Float[Array, "... 2 2"]) -> tuple[Array, Array, Array]:
   return cholesky[..., 0, 0], cholesky[..., 1, 0], cholesky[..., 1, 1]
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=["params", "sde"], meta_fields=["apply", "mixed"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "sde"], meta_fields=["apply", "mixed"])
 @dataclass(frozen=True)
 class _Model:
   """A network read as a score; a pytree whose leaves are the parameters and the numbers of the process."""

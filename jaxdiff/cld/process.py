@@ -163,8 +163,8 @@ def join(x: State, v: State) -> State:
 def _check(name: str, shape: tuple[int, ...]) -> None:
   if len(shape) < 3 or shape[-1] != 2:
     raise ValueError(
-      f"{name} must be [b, *d, 2], with position and velocity on the last axis, got {tuple(shape)}: data become a state "
-      "by cld.perturb, and sampling starts from sde.prior_sample(key, (b, *d, 2))"
+      f"{name} must be [b, *d, 2], with position and velocity on the last axis, got {tuple(shape)}: data become "
+      "a state by cld.perturb, and sampling starts from sde.prior_sample(key, (b, *d, 2))"
     )
 
 

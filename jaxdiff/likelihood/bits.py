@@ -111,12 +111,12 @@ def bits_per_dim(
   checks.made("dequantization", chosen, Dequantization)
   _check_noise(chosen, log_prob)
   if importance and log_prob.divergence is not None:
-    _check_exact(log_prob.divergence)
+    check_exact(log_prob.divergence)
 
   def fn(key: Keys, x: Integer[Array, "b *d"], score: ScoreFn, cond: Cond = NO_COND) -> BitsPerDim:
     dequantizations.check_integers(x, levels, data_range)
     if importance:
-      _check_exact(log_prob.trace(x))
+      check_exact(log_prob.trace(x))
     inside = _inside(x, levels)
     example_key = keys.per_example(key, len(x))
     known = jnp.where(inside.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
@@ -128,7 +128,7 @@ def bits_per_dim(
       return result.value - log_ratio.astype(result.value.dtype), result.standard_error, result.nfe, result.status
 
     log_weights, probe_errors, nfe, status = jax.lax.map(draw, jnp.arange(draws))
-    value, error = (_log_mean if importance else _mean)(log_weights)
+    value, error = (log_mean if importance else mean)(log_weights)
     probe_error = jnp.sqrt(jnp.sum(probe_errors**2, axis=0)) / draws
     to_bits = 1 / (x[0].size * math.log(2))
     code = jnp.where(inside, jnp.max(status.code, axis=0), codes.NOT_IN_LEVELS)
@@ -143,18 +143,18 @@ def bits_per_dim(
   return fn
 
 
-def _mean(values: Float[Array, "k b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+def mean(values: Float[Array, "k b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
   """The mean over k, and its standard error."""
   count = len(values)
-  mean = jnp.mean(values, axis=0)
-  return mean, jnp.std(values, axis=0, ddof=1) / math.sqrt(count) if count > 1 else jnp.full_like(mean, jnp.nan)
+  average = jnp.mean(values, axis=0)
+  return average, jnp.std(values, axis=0, ddof=1) / math.sqrt(count) if count > 1 else jnp.full_like(average, jnp.nan)
 
 
-def _log_mean(values: Float[Array, "k b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+def log_mean(values: Float[Array, "k b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
   """log mean exp over k, and its standard error by the delta method: that of the mean, relative to the mean."""
   largest = jnp.max(values, axis=0, keepdims=True)
-  mean, error = _mean(jnp.exp(values - largest))
-  return largest[0] + jnp.log(mean), error / mean
+  average, error = mean(jnp.exp(values - largest))
+  return largest[0] + jnp.log(average), error / average
 
 
 def _inside(x: Integer[Array, "b *d"], levels: int) -> Array:
@@ -163,11 +163,12 @@ def _inside(x: Integer[Array, "b *d"], levels: int) -> Array:
   return jnp.all((x >= 0) & (x <= highest), axis=range(1, x.ndim))
 
 
-def _check_exact(divergence: Divergence) -> None:
+def check_exact(divergence: Divergence, factory: str = "likelihood.log_prob") -> None:
+  """Refuse importance weights of estimated traces."""
   if not divergence.exact:
     raise ValueError(
       "importance=True needs the exact trace: the mean of exp(log p) over noisy estimates of log p is too large, by "
-      "half their variance in nats, and bounds nothing. Give likelihood.log_prob divergence=divergence.exact(), or "
+      f"half their variance in nats, and bounds nothing. Give {factory} divergence=divergence.exact(), or "
       "take importance=False, the mean over the draws"
     )
 

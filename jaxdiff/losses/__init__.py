@@ -1,6 +1,7 @@
 """Training objectives: factories of `loss(key, x0, network, cond={}, u=None) -> (per-example [b], aux)`.
 
 score matching     denoising, explicit, implicit, sliced          of a process, or of data as they are
+                   hybrid                                         of velocities that move the data
 discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain` and `ddpm.Chain`
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
 -log p itself      ffjord                                         of a continuous normalizing flow, without u
@@ -22,6 +23,7 @@ from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
 from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
 from jaxdiff.losses.dropping import drop_conditions as drop_conditions
 from jaxdiff.losses.ffjord import ffjord as ffjord
+from jaxdiff.losses.hybrid import hybrid as hybrid
 from jaxdiff.losses.ncsn import ncsn as ncsn
 from jaxdiff.losses.noising import noised_condition as noised_condition
 from jaxdiff.losses.score_matching import Loss as Loss
