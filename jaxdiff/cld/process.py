@@ -38,7 +38,7 @@ from jaxdiff.typing import Keys, Scalar, State, Time
 
 Kind = Literal["uniform", "quadratic"]
 
-_TERMS = 24
+_TERMS = 21
 _SMALL = 2.0  # of z, below which differences are summed as series
 
 
