@@ -5,6 +5,7 @@ sample     sampler = jd.samplers.reverse_sde(sde, ts)           sampler(key, x_T
 evaluate   logp    = jd.likelihood.log_prob(sde)                logp(key, x0, score, cond) -> LogProb
 """
 
+from jaxdiff import cld as cld
 from jaxdiff import ddpm as ddpm
 from jaxdiff import divergence as divergence
 from jaxdiff import editing as editing
@@ -22,6 +23,7 @@ from jaxdiff import quantization as quantization
 from jaxdiff import samplers as samplers
 from jaxdiff import schedules as schedules
 from jaxdiff import typing as typing
+from jaxdiff.cld import CLD as CLD
 from jaxdiff.keys import example_keys as example_keys
 from jaxdiff.linear_sde import LinearSDE as LinearSDE
 from jaxdiff.mixing import MixedScore as MixedScore

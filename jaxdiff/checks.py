@@ -41,7 +41,14 @@ def made(name: str, value: Any, kind: Any = object) -> None:
   if lacking:
     if "drift" in lacking and hasattr(value, "sde"):
       raise TypeError(f"{name} is a discrete chain where a process is needed: pass its continuous process, chain.sde()")
-    raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}")
+    remedy = ""
+    if "marginal" in lacking and "drift" not in lacking:
+      remedy = (
+        ": this needs scalar marginals, x_t | x_0 ~ N(alpha x_0, sigma^2 I). Any process goes with "
+        "samplers.reverse_sde, and with flow.cnf, whose field is jaxdiff.reverse(sde, score, eta=0)[0]"
+      )
+    what = f"{name} must be a {kind.__name__}, got {type(value).__name__}, which lacks {', '.join(lacking)}"
+    raise TypeError(what + remedy)
 
 
 def _home(module: str, value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Continuous normalizing flows: a vector field carries data at t = 0 to a base density at t1, and back.
+"""Continuous normalizing flows: a vector field carries data at t0, mostly 0, to a base density at t1, and back.
 
     dx/dt = f(x, t)                                                                                                  (1)
-    log p(x_0) = log base(x_{t1}) + int_0^{t1} tr(df/dx)(x_t, t) dt                                                  (2)
+    log p(x_t0) = log base(x_t1) + int_t0^t1 tr(df/dx)(x_t, t) dt                                                    (2)
 
 References:
   Chen et al. 2018, Neural Ordinary Differential Equations, Theorem 1; Grathwohl et al. 2019, FFJORD.
@@ -113,6 +113,7 @@ def cnf(
   max_steps: int = ode.MAX_STEPS,
   adjoint: ode.Adjoint = "checkpoint",
   steps: Steps = "per_example",
+  t0: Scalar = 0.0,
 ) -> CNF:
   """A continuous normalizing flow, eq. (1) and (2).
 
@@ -123,7 +124,7 @@ def cnf(
     base: the density at t1.
     divergence: trace estimator; None for `divergence.exact()` up to 64 dimensions (d Jacobian-vector products an
       evaluation, 64 at a time), and one probe of `divergence.hutchinson()` above.
-    t1: the time of the base, above 0.
+    t1: the time of the base, above t0.
     solver: "tsit5", "dopri5" or "dopri8"; with num_steps also "euler", "heun", "rk4".
     rtol: relative tolerance of a step, on the state and its log-density together.
     atol: absolute tolerance of a step.
@@ -132,12 +133,13 @@ def cnf(
     adjoint: how gradients flow back, "checkpoint", "continuous" or "direct": see `ode.Solver`.
     steps: "per_example": each example has step sizes of its own; "shared": one for all, such that every example keeps
       the tolerances, and results depend on batch mates.
+    t0: the time at which the data stand, at least 0 and below t1.
 
   Returns:
     CNF(forward, inverse, log_prob, sample).
 
   Raises:
-    ValueError: for what `ode.Solver` refuses, a t1 that is not positive, an unknown name; when called, for a field of
+    ValueError: for what `ode.Solver` refuses, a t1 that is not above t0, an unknown name; when called, for a field of
       another shape than x, and for cond of another batch.
     TypeError: for a factory given where what it makes is due; when called, for an x that is no array of floats.
 
@@ -151,8 +153,8 @@ def cnf(
     -3.838
   """
   options = ode.Solver(solver, rtol, atol, max_steps, num_steps, adjoint)
-  density = log_density(options, base, divergence, t1, steps, plain_rates)
-  carry = _transport(options, t1, steps)
+  density = log_density(options, base, divergence, t1, steps, plain_rates, t0)
+  carry = _transport(options, t0, t1, steps)
 
   def forward(key: Keys, x: State, field: Network, cond: Cond = NO_COND) -> Sample:
     return carry(key, x, field, cond, backward=False)
@@ -161,7 +163,7 @@ def cnf(
     return carry(key, z, field, cond, backward=True)
 
   with jax.ensure_compile_time_eval():
-    log_prob = LogDensity(None, jnp.zeros(()), divergence, lambda *of: density(*of)[0])
+    log_prob = LogDensity(None, float_time(t0), divergence, lambda *of: density(*of)[0])
 
   def sample(key: Keys, shape: tuple[int, ...], field: Network, cond: Cond = NO_COND) -> Sample:
     return inverse(key, base.sample(key, shape), field, cond)
@@ -180,13 +182,19 @@ def plain_rates(
 
 
 def log_density(
-  options: ode.Solver, base: Base, divergence: divergences.Divergence | None, t1: Scalar, steps: Steps, rates: Rates
+  options: ode.Solver,
+  base: Base,
+  divergence: divergences.Divergence | None,
+  t1: Scalar,
+  steps: Steps,
+  rates: Rates,
+  t0: Scalar = 0.0,
 ) -> Callable[..., tuple[LogProb, dict[str, Float[Array, " b"]]]]:
-  """fn(key, x, field, cond={}) -> (LogProb, integrals `[b]` from 0 to t1 of the integrands that `rates` names)."""
+  """fn(key, x, field, cond={}) -> (LogProb, integrals `[b]` from t0 to t1 of the integrands that `rates` names)."""
   checks.made("base", base, Base)
   if divergence is not None:
     checks.made("divergence", divergence, divergences.Divergence)
-  course = _course(t1)
+  course = _course(t0, t1)
   checks.one_of("steps", steps, Steps)
 
   def density(key: Keys, x: State, field: Network, cond: Cond = NO_COND) -> tuple[LogProb, dict[str, Array]]:
@@ -211,9 +219,9 @@ def log_density(
   return density
 
 
-def _transport(options: ode.Solver, t1: Scalar, steps: Steps) -> Callable[..., Sample]:
+def _transport(options: ode.Solver, t0: Scalar, t1: Scalar, steps: Steps) -> Callable[..., Sample]:
   """carry(key, x, field, cond, backward) -> Sample: eq. (1)."""
-  course = _course(t1)
+  course = _course(t0, t1)
 
   def carry(key: Keys, x: State, field: Network, cond: Cond, backward: bool) -> Sample:
     checks.batch("x", x, cond)
@@ -261,9 +269,12 @@ class _Course(NamedTuple):
   first_step: Array
 
 
-def _course(t1: Scalar) -> _Course:
+def _course(t0: Scalar, t1: Scalar) -> _Course:
   with jax.ensure_compile_time_eval():
     end = float_time(t1)
-    if not isinstance(end, jax.core.Tracer) and not end > 0:
-      raise ValueError(f"t1 must be positive, got {t1}: data stand at 0, and the base at t1")
-    return _Course(jnp.zeros_like(end), end, _FIRST_STEP * end)
+    start = float_time(t0).astype(end.dtype)
+    if not any(isinstance(time, jax.core.Tracer) for time in (start, end)) and not 0 <= start < end:
+      raise ValueError(
+        f"t1 must be above t0, and t0 at least 0, got t0 = {t0} and t1 = {t1}: data stand at t0, the base at t1"
+      )
+    return _Course(start, end, _FIRST_STEP * (end - start))

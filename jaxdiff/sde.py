@@ -92,6 +92,7 @@ def batch_time(t: Time, x: Array) -> Float[Array, " b"]:
 
 def log_snr(sde: ScalarSDE, t: Time) -> Float[Array, "..."]:
   """log(alpha^2 / sigma^2) at time t; `sde.time_of_log_snr` is its inverse."""
+  checks.made("sde", sde, ScalarSDE)
   alpha, sigma = sde.marginal(t)
   return 2 * (jnp.log(alpha) - jnp.log(sigma))
 

@@ -174,7 +174,8 @@ def test_a_failed_solve_is_reported():
 def test_wrong_use_is_refused(untyped):
   x = jnp.ones((2, 3))
   cases = [
-    ({"t1": 0.0}, "t1 must be positive, got 0.0"),
+    ({"t1": 0.0}, "t1 must be above t0, and t0 at least 0, got t0 = 0.0 and t1 = 0.0"),
+    ({"t0": -0.1}, "t0 at least 0, got t0 = -0.1"),
     ({"steps": "both"}, "steps must be one of"),
     ({"adjoint": "none"}, "adjoint must be one of 'checkpoint', 'continuous', 'direct', got 'none'"),
     ({"solver": "heun"}, "solver 'heun' has no error control: give it num_steps"),

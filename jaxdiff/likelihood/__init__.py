@@ -1,8 +1,11 @@
-"""Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, and bits per dimension of integers,
-bounds of latent diffusion, and which trace estimator to take."""
+"""Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, bits per dimension of integers, bounds of
+latent diffusion and of models of positions and velocities, and which trace estimator to take."""
 
 from jaxdiff.flow import LogDensity as LogDensity
 from jaxdiff.likelihood import dequantization as dequantization
+from jaxdiff.likelihood.augmented import PositionBound as PositionBound
+from jaxdiff.likelihood.augmented import augmented as augmented
+from jaxdiff.likelihood.augmented import position_bound as position_bound
 from jaxdiff.likelihood.bits import BitsPerDim as BitsPerDim
 from jaxdiff.likelihood.bits import bits_per_dim as bits_per_dim
 from jaxdiff.likelihood.bits import nats_to_bits_per_dim as nats_to_bits_per_dim

@@ -163,12 +163,12 @@ def _inside(x: Integer[Array, "b *d"], levels: int) -> Array:
   return jnp.all((x >= 0) & (x <= highest), axis=range(1, x.ndim))
 
 
-def check_exact(divergence: Divergence) -> None:
+def check_exact(divergence: Divergence, factory: str = "likelihood.log_prob") -> None:
   """Refuse importance weights of estimated traces."""
   if not divergence.exact:
     raise ValueError(
       "importance=True needs the exact trace: the mean of exp(log p) over noisy estimates of log p is too large, by "
-      "half their variance in nats, and bounds nothing. Give likelihood.log_prob divergence=divergence.exact(), or "
+      f"half their variance in nats, and bounds nothing. Give {factory} divergence=divergence.exact(), or "
       "take importance=False, the mean over the draws"
     )
 

@@ -1,6 +1,7 @@
 """Training objectives: factories of `loss(key, x0, network, cond={}, u=None) -> (per-example [b], aux)`.
 
 score matching     denoising, explicit, implicit, sliced          of a process, or of data as they are
+                   hybrid                                         of velocities that move the data
 discrete chains    ncsn, ddpm_simple, ddpm_hybrid, ddpm_elbo      of `ncsn.Chain` and `ddpm.Chain`
 bounds on -log p   bound, vdm, ddpm_elbo                          in nats; their costs in bits per dimension
                    lsgm                                          of an autoencoder and a diffusion of its latents
@@ -18,11 +19,11 @@ from jaxdiff.losses import decoders as decoders
 from jaxdiff.losses import observations as observations
 from jaxdiff.losses import times as times
 from jaxdiff.losses import weights as weights
-from jaxdiff.losses.autoencoding import gumbel as gumbel
-from jaxdiff.losses.autoencoding import vae as vae
 from jaxdiff.losses.adversarial import Players as Players
 from jaxdiff.losses.adversarial import denoising_gan as denoising_gan
 from jaxdiff.losses.adversarial import patch_adversarial as patch_adversarial
+from jaxdiff.losses.autoencoding import gumbel as gumbel
+from jaxdiff.losses.autoencoding import vae as vae
 from jaxdiff.losses.bounds import averaged as averaged
 from jaxdiff.losses.bounds import bound as bound
 from jaxdiff.losses.classification import classification as classification
@@ -31,6 +32,7 @@ from jaxdiff.losses.ddpm import ddpm_hybrid as ddpm_hybrid
 from jaxdiff.losses.ddpm import ddpm_simple as ddpm_simple
 from jaxdiff.losses.dropping import drop_conditions as drop_conditions
 from jaxdiff.losses.ffjord import ffjord as ffjord
+from jaxdiff.losses.hybrid import hybrid as hybrid
 from jaxdiff.losses.lsgm import LatentModel as LatentModel
 from jaxdiff.losses.lsgm import lsgm as lsgm
 from jaxdiff.losses.ncsn import ncsn as ncsn

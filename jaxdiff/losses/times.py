@@ -5,7 +5,7 @@ and the correction uniform density / own density. Stratified numbers u_i = frac(
 each n-th, with one random offset (Kingma et al. 2021, Variational Diffusion Models, Appendix I.1).
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxdiff.typing import Keys, Scalar
 
 @runtime_checkable
 class _Place(Protocol):
-  def __call__(self, sde: ScalarSDE, t0: Array, u: Float[Array, " b"], /) -> tuple[Array, Array]: ...
+  def __call__(self, sde: Any, t0: Array, u: Float[Array, " b"], /) -> tuple[Array, Array]: ...
 
 
 class Times(NamedTuple):

@@ -6,14 +6,16 @@ uniform in the noise, is sigma^2 on the score (the weighting of NCSN), and g^2 o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxdiff.cld import AugmentedSDE
 from jaxdiff.sde import ScalarSDE, log_snr
 
-Weight = Callable[[ScalarSDE, Array], Array]
+Weight = Callable[[Any, Array], Array]
 
 
 def noise() -> Weight:
@@ -28,6 +30,16 @@ def likelihood() -> Weight:
   network (Song et al. 2021b, Maximum Likelihood Training of Score-Based Diffusion Models, Corollary 1).
   """
   return lambda sde, t: log_snr_rate(sde, t)
+
+
+def velocity_likelihood() -> Weight:
+  """g^2 on the score of velocities, for `losses.hybrid`: maximum likelihood of positions and velocities together."""
+
+  def weight(sde: AugmentedSDE, t: Array) -> Array:
+    unit = jnp.ones((len(t), 1, 2), t.dtype)
+    return (sde.diffuse(t, unit)[:, 0, 1] / sde.given_position(t)[1][:, 1, 1]) ** 2
+
+  return weight
 
 
 def log_snr_rate(sde: ScalarSDE, t: Float[Array, " b"]) -> Float[Array, " b"]:

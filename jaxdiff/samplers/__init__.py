@@ -1,6 +1,6 @@
 """Samplers: factories of `sampler(key, x_T, score, cond={}) -> Sample(x, nfe, path, status)`.
 
-    reverse SDE      reverse_sde, reverse_diffusion, stochastic_heun, adaptive_sde, predictor_corrector
+    reverse SDE      reverse_sde, reverse_diffusion, stochastic_heun, adaptive_sde, predictor_corrector, sscs
     ancestral        ancestral (DDPM, SMLD), ddim, ddim_encode
     adversarial      denoising_gan
     exponential      dpm_solver, dpm_solver_pp, unipc
@@ -34,5 +34,6 @@ from jaxdiff.samplers.probability_flow import probability_flow_encode as probabi
 from jaxdiff.samplers.reverse_sde import reverse_diffusion as reverse_diffusion
 from jaxdiff.samplers.reverse_sde import reverse_sde as reverse_sde
 from jaxdiff.samplers.reverse_sde import stochastic_heun as stochastic_heun
+from jaxdiff.samplers.sscs import sscs as sscs
 from jaxdiff.samplers.thresholding import thresholded as thresholded
 from jaxdiff.samplers.unipc import unipc as unipc
