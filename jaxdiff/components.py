@@ -11,23 +11,49 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
-from jaxdiff import ddpm, divergence, flow, losses, ncsn, ode, predictions, samplers, schedules, sde
+from jaxdiff import (
+  cld,
+  ddpm,
+  divergence,
+  flow,
+  losses,
+  ncsn,
+  ode,
+  predictions,
+  quantization,
+  samplers,
+  schedules,
+  sde,
+)
 from jaxdiff.data import sources
-from jaxdiff.models import MLP, AutoencoderKL, Classifier, DiT, RefineNet, UNet, VDMNet, conditioning
-from jaxdiff.models.text import Text
+from jaxdiff.models import (
+  MLP,
+  VQVAE,
+  AutoencoderKL,
+  Classifier,
+  DiT,
+  GumbelVAE,
+  PatchDiscriminator,
+  RefineNet,
+  StepDiscriminator,
+  UNet,
+  VDMNet,
+  VectorDiscriminator,
+)
+from jaxdiff.training.codebook import moving_average
 from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
 Table = Mapping[str, Constructor]
 
 
-def ddpm_chain(steps: int = 1000, schedule: Literal["linear", "cosine"] = "linear") -> ddpm.Chain:
-  """The chain of DDPM; the linear betas of 1000 steps, or so many times larger as there are fewer."""
-  if schedule == "cosine":
-    return ddpm.Chain(ddpm.cosine_betas(steps))
-  return ddpm.Chain(ddpm.linear_betas(steps))
+def ddpm_chain(steps: int = 1000, schedule: Literal["linear", "cosine", "vp"] = "linear") -> ddpm.Chain:
+  """The chain of DDPM; the linear betas of 1000 steps, or so many times larger as there are fewer; "vp" for few."""
+  betas: Table = {"linear": ddpm.linear_betas, "cosine": ddpm.cosine_betas, "vp": ddpm.vp_betas}
+  return ddpm.Chain(betas[schedule](steps))
 
 
 def ncsn_chain(levels: int = 10, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ncsn.Chain:
@@ -116,6 +142,107 @@ def predictor_corrector(
   return samplers.predictor_corrector(SAMPLERS[predictor](sde, ts), corrector, denoise=denoise, path=path)
 
 
+def time_grid(
+  sde: Any,
+  steps: int,
+  kind: Literal["log_snr", "uniform", "karras", "quadratic"] | None = None,
+  t0: float | None = None,
+  rho: float | None = None,
+) -> Float[Array, " n"]:
+  """The grid of a process: evenly spaced in log-SNR unless it is said otherwise, with velocities in sqrt t."""
+  given: dict[str, Any] = {"kind": kind, "t0": t0, "rho": rho}
+  given = {name: value for name, value in given.items() if value is not None}
+  return (cld.time_grid if hasattr(sde, "given_position") else schedules.time_grid)(sde, steps, **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class VelocityNoise:
+  """The network predicts the noise of velocities or, mixed, what it lacks to that of N(0, I) data: `cld.score_fn`."""
+
+  mixed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedNoise:
+  """The network of latents predicts the noise, mixed with that of a normal of a `std`, at first by a `share`:
+  `jd.mixed_score`.
+  """
+
+  std: float = 1.0
+  share: float = 0.01
+
+
+class Autoencoding(NamedTuple):
+  """How an autoencoder is trained.
+
+  Attributes:
+    loss: of `jaxdiff.losses`.
+    observation: what its outputs say of data.
+    codebook: what updates the codes where they are moving averages.
+  """
+
+  loss: Callable[..., Any]
+  observation: losses.observations.Observation
+  codebook: optax.GradientTransformation | None = None
+
+
+Observed = Literal["categorical", "discretized", "gaussian"]
+
+
+def _observation(kind: Observed, levels: int | None, std: float) -> losses.observations.Observation:
+  if kind == "gaussian":
+    if levels is not None:
+      raise ValueError(
+        "observation = 'gaussian' is of continuous data; of integers take 'categorical' or 'discretized'"
+      )
+    return losses.observations.gaussian(std)
+  if levels is None:
+    raise ValueError(f"observation = {kind!r} is of integers; of continuous data take 'gaussian'")
+  return getattr(losses.observations, kind)(levels)
+
+
+def vae(levels: int | None, observation: Observed = "discretized", std: float = 0.1, beta: float = 1.0) -> Autoencoding:
+  """A variational autoencoder with Gaussian latents; `std` is of Gaussian observations."""
+  observed = _observation(observation, levels, std)
+  return Autoencoding(losses.vae(observed, beta), observed)
+
+
+def vq(
+  levels: int | None,
+  observation: Observed = "discretized",
+  std: float = 0.1,
+  beta: float = 0.25,
+  codebook: Literal["ema", "loss"] = "ema",
+  decay: float = 0.99,
+  revive_below: float = 0.0,
+) -> Autoencoding:
+  """Vector quantization; `decay` and `revive_below` are of codes that are moving averages, "ema"."""
+  observed = _observation(observation, levels, std)
+  average = moving_average(decay, revive_below) if codebook == "ema" else None
+  return Autoencoding(losses.vq(observed, beta, codebook), observed, average)
+
+
+def gumbel(
+  levels: int | None,
+  observation: Observed = "discretized",
+  std: float = 0.1,
+  beta: float = 1.0,
+  first_temperature: float = 1.0,
+  last_temperature: float = 0.5,
+  annealing_steps: int = 10_000,
+  straight_through: bool = False,
+) -> Autoencoding:
+  """Categorical latents, relaxed at a temperature that falls."""
+  observed = _observation(observation, levels, std)
+  temperature = quantization.annealed(first_temperature, last_temperature, annealing_steps)
+  return Autoencoding(losses.gumbel(observed, temperature, beta, straight_through), observed)
+
+
+def denoising_gan(chain: ddpm.Chain, latent_dim: int = 16, path: int = 0) -> samplers.FixedGrid:
+  """The steps of a generator."""
+  return samplers.denoising_gan(chain, latent_dim, path)
+
+
 def hutchinson(
   probes: int = 1,
   noise: Literal["rademacher", "gaussian", "sphere"] = "rademacher",
@@ -129,97 +256,6 @@ def hutchinson(
   q: Any = divergence.pca_basis(seen) if basis == "pca" else basis
   made = None if control == "none" else divergence.gaussian_control(seen, control)
   return divergence.hutchinson(probes, noise, q, made)
-
-
-class Condition(NamedTuple):
-  """What a network is told of an example.
-
-  Attributes:
-    module: how the network reads it.
-    of: makes it of the values of the example; None where it is a field of the example, of the condition's name.
-    noises: None; of a level of noise, the name of the condition that training noises by it, and the largest level.
-  """
-
-  module: Any
-  of: Callable[[Float[Array, "b *d"]], Array] | None = None
-  noises: tuple[str, float] | None = None
-
-
-def label(classes: int, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
-  """A class of the example, dropped to one more."""
-  return Condition(conditioning.Label(classes, dtype=dtype, param_dtype=param_dtype))
-
-
-def scalar(max_frequency: float = 10.0, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
-  """A number of the example; NaN where it is unknown."""
-  return Condition(conditioning.Scalar(max_frequency, dtype=dtype, param_dtype=param_dtype))
-
-
-def image(channels: int = 3, dtype: str = "float32") -> Condition:
-  """Another image of the example; 8-bit images are scaled to [-1, 1]."""
-  return Condition(conditioning.Image(channels, dtype=dtype))
-
-
-def embedding(features: int, sequence: bool = False, dtype: str = "float32", param_dtype: str = "float32") -> Condition:
-  """What another model made of the example: a vector, or a sequence of vectors."""
-  return Condition(conditioning.Embedding(features, sequence, dtype=dtype, param_dtype=param_dtype))
-
-
-def text(
-  length: int, width: int = 128, layers: int = 2, heads: int = 4, dtype: str = "float32", param_dtype: str = "float32"
-) -> Condition:
-  """The caption of the example, of data with as large a `text_length`."""
-  return Condition(Text(length, width, layers, heads, dtype=dtype, param_dtype=param_dtype))
-
-
-def downsampled(factor: int = 2, channels: int = 3, dtype: str = "float32") -> Condition:
-  """The image itself, smaller by a factor: super-resolution."""
-
-  if factor < 1:
-    raise ValueError(f"factor must be at least 1, got {factor}")
-
-  def smaller(x: Array) -> Array:
-    b, h, w, c = x.shape
-    if h % factor or w % factor:
-      raise ValueError(f"factor={factor} does not divide the {h}x{w} pixels of the images: take one that does")
-    return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
-
-  return Condition(conditioning.Image(channels, dtype=dtype), smaller)
-
-
-def noise_level(
-  image: str, most: float = 0.5, max_frequency: float = 10.0, dtype: str = "float32", param_dtype: str = "float32"
-) -> Condition:
-  """How much noise is on an image of the conditions: in training a random level up to the most, else none.
-
-  It makes the large model of a cascade, which bears the faults of the small one's images: `losses.noised_condition`.
-  """
-  if not 0 < most < 1:
-    raise ValueError(f"most must lie in (0, 1), the largest level of noise; got {most}")
-  module = conditioning.Scalar(max_frequency, dtype=dtype, param_dtype=param_dtype)
-  return Condition(module, lambda x: jnp.zeros(len(x), x.dtype), (image, most))
-
-
-def noises(conditions: Mapping[str, Condition]) -> dict[str, tuple[str, float]]:
-  """By name of a level of noise the image that training noises by it, and the largest level."""
-  images = sorted(name for name, made in conditions.items() if isinstance(made.module, conditioning.Image))
-  found = {name: made.noises for name, made in conditions.items() if made.noises is not None}
-  for name, (image, _) in found.items():
-    if image not in images:
-      known = ", ".join(images) or "none"
-      raise ValueError(f"{name}.image must name one of the images among them ({known}), got {image!r}")
-  return found
-
-
-def greyscale(dtype: str = "float32") -> Condition:
-  """The brightness of the RGB image itself (ITU-R 601 luma): colorization."""
-
-  def brightness(x: Array) -> Array:
-    if x.shape[-1] != 3:
-      raise ValueError(f"a greyscale condition is made of RGB images, of 3 channels; these have {x.shape[-1]}")
-    return x @ jnp.array([[0.299], [0.587], [0.114]], x.dtype)
-
-  return Condition(conditioning.Image(1, dtype=dtype), brightness)
 
 
 SOURCES: Table = {
@@ -241,6 +277,7 @@ PROCESSES: Table = {
   "DDPM": ddpm_chain,
   "NCSN": ncsn_chain,
   "CNF": CNF,
+  "CLD": cld.CLD,
 }
 PREDICTIONS: Table = {
   "noise": predictions.noise,
@@ -250,7 +287,10 @@ PREDICTIONS: Table = {
   "edm": predictions.edm,
   "vector_field": vector_field,
   "classes": classes,
+  "mixed_noise": MixedNoise,
+  "velocity_noise": VelocityNoise,
 }
+AUTOENCODING: Table = {"vae": vae, "vq": vq, "gumbel": gumbel}
 LOSSES: Table = {
   "denoising": losses.denoising,
   "implicit": losses.implicit,
@@ -263,6 +303,10 @@ LOSSES: Table = {
   "ddpm_elbo": losses.ddpm_elbo,
   "ffjord": losses.ffjord,
   "classification": losses.classification,
+  "lsgm": losses.lsgm,
+  "denoising_gan": losses.denoising_gan,
+  "hybrid": losses.hybrid,
+  **AUTOENCODING,
 }
 PROCESS_OF_LOSS: Mapping[str, str] = {
   "vdm": "VariancePreserving",
@@ -270,8 +314,9 @@ PROCESS_OF_LOSS: Mapping[str, str] = {
   "ddpm_simple": "DDPM",
   "ddpm_hybrid": "DDPM",
   "ddpm_elbo": "DDPM",
+  "denoising_gan": "DDPM",
+  "hybrid": "CLD",
 }
-AUTOENCODING: Table = {}
 WITH_CNF: Mapping[str, str] = {"prediction": "vector_field", "loss": "ffjord", "sampler": "cnf"}
 WITH_CLASSIFIER: Mapping[str, str] = {"prediction": "classes", "loss": "classification"}
 WEIGHTS: Table = {
@@ -279,6 +324,7 @@ WEIGHTS: Table = {
   "likelihood": losses.weights.likelihood,
   "edm": losses.weights.edm,
   "min_snr": losses.weights.min_snr,
+  "velocity_likelihood": losses.weights.velocity_likelihood,
 }
 TIMES: Table = {
   "uniform": losses.times.uniform,
@@ -286,7 +332,7 @@ TIMES: Table = {
   "log_normal": losses.times.log_normal,
   "fixed": losses.times.fixed,
 }
-AUTOENCODERS: Table = {"AutoencoderKL": AutoencoderKL}
+AUTOENCODERS: Table = {"AutoencoderKL": AutoencoderKL, "VQVAE": VQVAE, "GumbelVAE": GumbelVAE}
 NETWORKS: Table = {
   "UNet": UNet,
   "MLP": MLP,
@@ -296,16 +342,10 @@ NETWORKS: Table = {
   "Classifier": Classifier,
   **AUTOENCODERS,
 }
-DISCRIMINATORS: Table = {}
-CONDITIONS: Table = {
-  "label": label,
-  "scalar": scalar,
-  "image": image,
-  "embedding": embedding,
-  "text": text,
-  "downsampled": downsampled,
-  "noise_level": noise_level,
-  "greyscale": greyscale,
+DISCRIMINATORS: Table = {
+  "StepDiscriminator": StepDiscriminator,
+  "VectorDiscriminator": VectorDiscriminator,
+  "PatchDiscriminator": PatchDiscriminator,
 }
 SAMPLERS: Table = {
   "reverse_sde": samplers.reverse_sde,
@@ -322,5 +362,7 @@ SAMPLERS: Table = {
   "edm": samplers.edm,
   "probability_flow": samplers.probability_flow,
   "cnf": cnf,
+  "denoising_gan": denoising_gan,
+  "sscs": samplers.sscs,
 }
 DIVERGENCES: Table = {"exact": divergence.exact, "hutchinson": hutchinson, "hutchpp": divergence.hutchpp}

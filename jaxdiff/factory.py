@@ -16,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxdiff import components, divergence, flow, likelihood, options, predictions, schedules, schema, sde
+from jaxdiff.conditions import Condition, noises
 from jaxdiff.data.examples import Source
 from jaxdiff.evaluation.runs import Given
 from jaxdiff.losses import decoders
@@ -186,7 +187,7 @@ def make_network(config: Config) -> Any:
   return made
 
 
-def make_conditions(config: Config) -> dict[str, components.Condition]:
+def make_conditions(config: Config) -> dict[str, Condition]:
   """What the network is told of an example, by name."""
   network, made = config["network"], {}
   for name, section in network.get("conditions", {}).items():
@@ -195,7 +196,7 @@ def make_conditions(config: Config) -> dict[str, components.Condition]:
     takes = inspect.signature(constructor).parameters
     types = {kind: network[kind] for kind in ("dtype", "param_dtype") if kind in network and kind in takes}
     made[name] = schema.component(path, section, **types)
-  schema.construct(components.noises, {}, "network.conditions", conditions=made)
+  schema.construct(noises, {}, "network.conditions", conditions=made)
   return made
 
 
@@ -365,7 +366,9 @@ def make_sampler(config: Config, process: Any, **more: Any) -> Callable[..., Any
 
 
 def has_path(config: Config) -> bool:
-  """Whether the sampler can return the path to its samples."""
+  """Whether there is a sampler that can return the path to its samples."""
+  if "sampler" not in config:
+    return False
   (constructor,) = schema.constructors("sampler", config["sampler"])
   return "path" in inspect.signature(constructor).parameters
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import components, factory, flow, keys, likelihood, losses, options, schema
+from jaxdiff import components, conditions, factory, flow, keys, likelihood, losses, options, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.models import conditioning
@@ -82,7 +82,7 @@ def make_objective(config: Config, source: Source, training: bool = True) -> Cal
   fixed, stratified = make_loss(config, source)
   module, settings = factory.make_network(config), options.train(config)
   cond, null = factory.make_cond(config, source), conditioning.null(getattr(module, "conditions", {}))
-  noises = components.noises(factory.make_conditions(config))
+  noises = conditions.noises(factory.make_conditions(config))
   dequantized = source.levels if _levels(config, source) is None else None
   if settings.random_flip and len(source.shape) != 3:
     raise ConfigError(f"config.train.random_flip mirrors images [h, w, c]; the data have shape {source.shape}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jaxdiff import components, likelihood, schedules
+from jaxdiff import components, conditions, likelihood
 from jaxdiff.components import Constructor, Table
 from jaxdiff.settings import (
   AutoencoderSettings,
@@ -29,7 +29,11 @@ from jaxdiff.training import make_optimizer
 Config = dict[str, Any]
 
 _FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t", "t1")
-_FROM_PYTHON = ("base", "decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step")
+_MADE_TO_MEASURE = ("parent", "name", "image_channels", "output_channels")
+_OF_SAMPLERS = ("sde", "forward", "chain", "latent_dim", "path")
+_FROM_PYTHON = (
+  *("log_prob", "mixed", "base", "decoder", "reconstruction", "prior", "prior_log_prob", "data_variance", "every_step"),
+)
 
 
 class ConfigError(ValueError):
@@ -58,15 +62,16 @@ SECTIONS: Mapping[str, Section] = {
   "loss": Section(
     components.LOSSES,
     given=(*_FROM_PROGRAM, *_FROM_PYTHON),
-    parts={"weight": "weight", "time": "time", "divergence": "divergence"},
+    parts={name: name for name in ("weight", "prior_weight", "time", "divergence")},
   ),
   "loss.weight": Section(components.WEIGHTS),
+  "loss.prior_weight": Section(components.WEIGHTS),
   "loss.time": Section(components.TIMES),
   "loss.divergence": Section(components.DIVERGENCES),
-  "network": Section(components.NETWORKS, given=("parent", "name"), parts={"conditions": "conditions"}),
-  "network.conditions.*": Section(components.CONDITIONS, given=("dtype", "param_dtype")),
+  "network": Section(components.NETWORKS, given=_MADE_TO_MEASURE, parts={"conditions": "conditions"}),
+  "network.conditions.*": Section(conditions.CONDITIONS, given=("dtype", "param_dtype")),
   "autoencoder": Section((AutoencoderSettings,), parts={"network": "network", "loss": "loss"}),
-  "autoencoder.network": Section(components.AUTOENCODERS, given=("parent", "name")),
+  "autoencoder.network": Section(components.AUTOENCODERS, given=_MADE_TO_MEASURE),
   "autoencoder.loss": Section(components.AUTOENCODING, given=_FROM_PROGRAM),
   "discriminator": Section(components.DISCRIMINATORS, given=("parent", "name", "conditions")),
   "optimizer": Section((make_optimizer,), given=("total_steps",)),
@@ -75,8 +80,8 @@ SECTIONS: Mapping[str, Section] = {
   "sample": Section((SampleSettings,)),
   "guidance": Section((GuidanceSettings,)),
   "edit": Section((EditSettings,)),
-  "sampler": Section(components.SAMPLERS, given=("sde", "forward", "path"), parts={"ts": "grid"}),
-  "sampler.grid": Section((schedules.time_grid,), given=("sde",)),
+  "sampler": Section(components.SAMPLERS, given=_OF_SAMPLERS, parts={"ts": "grid"}),
+  "sampler.grid": Section((components.time_grid,), given=("sde",)),
   "likelihood": Section(
     (LikelihoodSettings, likelihood.log_prob),
     given=("sde", "prior_log_prob", "adjoint"),

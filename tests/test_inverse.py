@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, inverse
+from jaxdiff import conditions, inverse
 from jaxdiff.inverse.operators import pseudo_inverse
 
 KEY = jax.random.key(0)
@@ -67,8 +67,8 @@ def test_operators_are_what_they_are_called():
   np.testing.assert_array_equal(per_image, x * OWN["mask"][..., None])
   np.testing.assert_array_equal(OPERATORS["crop"]().apply(jnp.asarray(x)), x[:, 1:3, 2:5])
   for operator, condition in (
-    (inverse.downsample(2), components.downsampled(2)),
-    (inverse.greyscale(), components.greyscale()),
+    (inverse.downsample(2), conditions.downsampled(2)),
+    (inverse.greyscale(), conditions.greyscale()),
   ):
     np.testing.assert_allclose(operator.apply(jnp.asarray(x)), condition.of(jnp.asarray(x)), rtol=1e-5, atol=1e-6)
   blurred = sum(KERNEL[i, j] * np.roll(x, (i - 1, j - 1), axis=(1, 2)) for i in range(3) for j in range(3))

@@ -1,0 +1,20 @@
+"""Several groups of parameters in one pytree, and an optimizer for each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+
+def partitioned(optimizers: Mapping[str, optax.GradientTransformation], usual: str) -> optax.GradientTransformation:
+  """An optimizer for every group, by its name among the keys of the pytree; what is in none belongs to the usual one.
+
+  Gradients are clipped, where they are, within their group.
+  """
+
+  def label(path: Any, _: Any) -> str:
+    names = [getattr(step, "key", None) for step in path]
+    return next((name for name in names if name in optimizers), usual)
+
+  return optax.partition(dict(optimizers), lambda params: jax.tree_util.tree_map_with_path(label, params))
