@@ -163,6 +163,7 @@ def _run(command: str, argv: list[str]) -> None:
     launch, argv = arguments.launch(command, argv)
     config, workdir = arguments.parse(command, argv)
     _join(command, launch)
+    config = systems.resolve(config)
     systems.check(config)
     traced = {"profile": launch.profile} if command == "train" else {}
     getattr(commands, command)(config, workdir, **traced)

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from jaxdiff import (
@@ -43,7 +42,6 @@ from jaxdiff.models import (
   VDMNet,
   VectorDiscriminator,
 )
-from jaxdiff.training.codebook import moving_average
 from jaxdiff.typing import Keys, Sample, State
 
 Constructor = Callable[..., Any]
@@ -178,12 +176,14 @@ class Autoencoding(NamedTuple):
   Attributes:
     loss: of `jaxdiff.losses`.
     observation: what its outputs say of data.
-    codebook: what updates the codes where they are moving averages.
+    patch_weight: of passing before a discriminator of patches, where there is one.
+    patch_start: the step from which that counts.
   """
 
   loss: Callable[..., Any]
   observation: losses.observations.Observation
-  codebook: optax.GradientTransformation | None = None
+  patch_weight: float = 0.0
+  patch_start: int = 0
 
 
 Observed = Literal["categorical", "discretized", "gaussian"]
@@ -201,10 +201,17 @@ def _observation(kind: Observed, levels: int | None, std: float) -> losses.obser
   return getattr(losses.observations, kind)(levels)
 
 
-def vae(levels: int | None, observation: Observed = "discretized", std: float = 0.1, beta: float = 1.0) -> Autoencoding:
-  """A variational autoencoder with Gaussian latents; `std` is of Gaussian observations."""
+def vae(
+  levels: int | None,
+  observation: Observed = "discretized",
+  std: float = 0.1,
+  beta: float = 1.0,
+  patch_weight: float = 0.1,
+  patch_start: int = 0,
+) -> Autoencoding:
+  """Gaussian latents; `std` is of Gaussian observations, `patch_weight` and `patch_start` of a discriminator."""
   observed = _observation(observation, levels, std)
-  return Autoencoding(losses.vae(observed, beta), observed)
+  return Autoencoding(losses.vae(observed, beta), observed, patch_weight, patch_start)
 
 
 def vq(
@@ -215,11 +222,12 @@ def vq(
   codebook: Literal["ema", "loss"] = "ema",
   decay: float = 0.99,
   revive_below: float = 0.0,
+  patch_weight: float = 0.1,
+  patch_start: int = 0,
 ) -> Autoencoding:
-  """Vector quantization; `decay` and `revive_below` are of codes that are moving averages, "ema"."""
+  """Vector quantization; `decay` and `revive_below` are of codes that are moving averages, the rest as in `vae`."""
   observed = _observation(observation, levels, std)
-  average = moving_average(decay, revive_below) if codebook == "ema" else None
-  return Autoencoding(losses.vq(observed, beta, codebook), observed, average)
+  return Autoencoding(losses.vq(observed, beta, codebook), observed, patch_weight, patch_start)
 
 
 def gumbel(

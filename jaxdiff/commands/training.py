@@ -74,7 +74,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
       checkpoints=checkpoints,
       checkpoint_every=settings.checkpoint_every,
       max_skipped=settings.max_skipped,
-      limits=systems.of(config).limits,
+      limits=systems.of(config).limits(config, source),
       hooks=list(_hooks(config, source, launcher, writer, workdir, profile, stack)),
       should_stop=stop.agreed,
     )
@@ -82,7 +82,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     raise rundir.Stopped(stop.signum, int(state.step))
   if console.first_process():
     _show_loss(workdir, None if schema.is_classifier(config) else source)
-    console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "samples", "config.json")
+    console.list_files(workdir, "checkpoints", "loss.png", "metrics.jsonl", "samples", "reconstructions", "config.json")
 
 
 def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
@@ -90,10 +90,12 @@ def _program(config: Config, source: Source) -> tuple[Callable[[], TrainState], 
   settings, key = options.train(config), jax.random.fold_in(jax.random.key(config["seed"]), 1)
   system = systems.of(config)
   objective, optimizer = system.objective(config, source), system.optimizer(config)
+  pretrained = system.pretrained(config)
   lengths, parts = settings.ema_lengths, settings.microbatches
 
   def init() -> TrainState:
-    return training.init_state(system.init_params(config, source), optimizer, key, lengths)
+    params = system.init_params(config, source)
+    return training.init_state({**params, **pretrained} if pretrained else params, optimizer, key, lengths)
 
   step = training.make_train_step(
     objective, optimizer, settings.ema_decay, settings.batch_size, ema_lengths=lengths, microbatches=parts

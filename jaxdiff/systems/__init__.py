@@ -1,19 +1,26 @@
 """The kinds of runs: what a config is of, and what the commands do with it.
 
-diffusion    of the data themselves; also normalizing flows and classifiers of noised data
+diffusion      of the data themselves; also normalizing flows and classifiers of noised data
+autoencoder    variational, vector-quantized or with categorical latents
 """
 
 from jaxdiff import schema
 from jaxdiff.schema import Config
-from jaxdiff.systems import diffusion
+from jaxdiff.systems import autoencoder, diffusion
 from jaxdiff.systems.system import System as System
 
-_OF_KIND = {"diffusion": diffusion.SYSTEM, "classifier": diffusion.SYSTEM}
+_OF_KIND = {"diffusion": diffusion.SYSTEM, "classifier": diffusion.SYSTEM, "autoencoder": autoencoder.SYSTEM}
 
 
 def of(config: Config) -> System:
   """The kind of run that a config describes."""
   return _OF_KIND[schema.kind(config)]
+
+
+def resolve(config: Config) -> Config:
+  """The config with what it takes from other runs."""
+  schema.check_sections(config)
+  return of(config).resolve(config)
 
 
 def check(config: Config) -> None:

@@ -33,7 +33,9 @@ class System(NamedTuple):
     bound: `(config, params, source, draws)` -> a variational bound on them; None where there is none.
     row: what these values are, in a word or two.
     reconstruct: `(config, source)` -> `(params, keys, batch) -> x` from data through latents and back; None without.
-    limits: by the name of a metric what ends a training that exceeds it.
+    limits: `(config, source)` -> by the name of a metric what ends a training that exceeds it.
+    resolve: `config` -> the config with what it takes from other runs.
+    pretrained: `config` -> groups of parameters, by name, that a training starts with in the place of initial ones.
   """
 
   check: Callable[[Config], None]
@@ -50,4 +52,6 @@ class System(NamedTuple):
   bound: Callable[..., Evaluation] | None
   row: str = "model"
   reconstruct: Callable[[Config, Source], Reconstruct] | None = None
-  limits: Mapping[str, float] = {}
+  limits: Callable[[Config, Source], Mapping[str, float]] = lambda config, source: {}
+  resolve: Callable[[Config], Config] = lambda config: config
+  pretrained: Callable[[Config], Mapping[str, Any]] = lambda config: {}
