@@ -194,7 +194,7 @@ def digits_case(kind):
   return net, digits_objective, chosen
 
 
-@pytest.mark.parametrize("kind", ["vae", "gumbel", "ema", "loss"])
+@pytest.mark.parametrize("kind", ["vae", "gumbel", "ema", pytest.param("loss", marks=pytest.mark.slow)])
 def test_a_tiny_net_learns_digits(kind):
   net, digits_objective, chosen = digits_case(kind)
   x = sources.digits("train").gather(np.arange(32))["x"]
