@@ -97,7 +97,7 @@ def categorical(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> O
   places = decoders.level_values(levels, data_range)
   to_state = _integers(levels, data_range)
 
-  def by_coordinate(output: Float[Array, "b *_"]) -> Float[Array, "b *d {levels}"]:
+  def by_coordinate(output: Float[Array, "b *_"]) -> Float[Array, "b *d _"]:
     return output.reshape(*output.shape[:-1], output.shape[-1] // levels, levels)
 
   def log_prob(x: Shaped[Array, "b *d"], output: Float[Array, "b *_"]) -> Float[Array, " b"]:

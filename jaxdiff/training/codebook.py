@@ -58,7 +58,7 @@ def moving_average(decay: float = 0.99, revive_below: float = 0.0) -> optax.Grad
   def check(group: Any) -> None:
     if not _is_codebook(group):
       raise ValueError(
-        "a codebook must be a dict of vectors, counts and sums; keep other groups apart, optax.partition"
+        "a codebook must be a dict of vectors, counts and sums; keep other groups apart by optax.partition"
       )
     if revive_below * len(group["counts"]) >= 1:
       raise ValueError(f"revive_below={revive_below!r}: must be below 1 / {len(group['counts'])}, an equal share")
