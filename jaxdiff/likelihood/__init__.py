@@ -1,5 +1,5 @@
-"""Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, bits per dimension of integers, bounds of
-latent diffusion and of models of positions and velocities, and which trace estimator to take."""
+"""Likelihoods: `log_prob(sde, ...) -> fn(key, x0, score, cond={}) -> LogProb`, bits per dimension of integers, bounds
+of latent diffusion and of models of positions and velocities, and which trace estimator to take."""
 
 from jaxdiff.flow import LogDensity as LogDensity
 from jaxdiff.likelihood import dequantization as dequantization
