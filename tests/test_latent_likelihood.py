@@ -10,7 +10,7 @@ from linear_gaussian import LATENTS, MODEL, X, at_time, gap
 
 import jaxdiff as jd
 from jaxdiff import likelihood
-from jaxdiff.losses import LatentModel, decoders, times
+from jaxdiff.losses import LatentModel, observations, times
 from jaxdiff.schedules import start_time
 
 KEY = jax.random.key(0)
@@ -52,7 +52,7 @@ def test_every_draw_of_the_exact_posterior_is_the_exact_likelihood(sde, x64):
   """Of the exact score and prior, by solves with tolerances of 1e-7: 1e-5 nats, with and without importance."""
   model = at_t0(sde)
   prior = likelihood.log_prob(sde, rtol=1e-7, atol=1e-7, prior_log_prob=lambda z: LATENTS.log_prob(z, sde, sde.t1))
-  fn = likelihood.latent_ode(prior, model.output_log_prob, draws=2, importance=True)
+  fn = likelihood.latent_ode(prior, model.observation, draws=2, importance=True)
   result = jax.jit(lambda key, x: fn(key, x, model.autoencoder(), LATENTS.score(sde)))(KEY, data(3, jnp.float64))
   jd.raise_if_failed(result)
   np.testing.assert_allclose(result.value, -model.log_prob(X), atol=1e-5)
@@ -65,7 +65,7 @@ def test_another_posterior_costs_its_divergence_and_importance_weights_regain_it
   """KL(q || posterior) for the mean of 8 draws, within 4 s.e.; less than a third of it with importance weights."""
   n, lack = 20_000, gap(0.5, -0.3)
   run = lambda importance: jax.jit(
-    lambda x: likelihood.latent_ode(closed_form(), MODEL.output_log_prob, 8, importance)(
+    lambda x: likelihood.latent_ode(closed_form(), MODEL.observation, 8, importance)(
       KEY, x, MODEL.autoencoder(0.5, -0.3), SCORE
     )
   )(data(n, jnp.float64))
@@ -87,7 +87,7 @@ def test_by_elbo_it_is_the_exact_likelihood_in_the_mean(sde, x64):
   n, draws = 4000, 16
   options = {"prior_log_prob": lambda z: LATENTS.log_prob(z, sde, sde.t1)}
   prior = jd.losses.bound(sde, jd.predictions.score(), **options)
-  fn = likelihood.latent_elbo(prior, MODEL.output_log_prob, draws)
+  fn = likelihood.latent_elbo(prior, MODEL.observation, draws)
   x, score = data(n, jnp.float64), LATENTS.score(sde)
   run = jax.jit(lambda shift, widen: fn(KEY, x, MODEL.autoencoder(shift, widen), score))
   exact, wrong = run(0.0, 0.0), run(0.5, -0.7)
@@ -96,7 +96,7 @@ def test_by_elbo_it_is_the_exact_likelihood_in_the_mean(sde, x64):
   within(wrong.value - exact.value, gap(0.5, -0.7), slack=1e-3)
   np.testing.assert_array_equal(exact.nfe, draws)
   np.testing.assert_array_equal(exact.standard_error, 0.0)
-  loss = jd.losses.lsgm(sde, MODEL.output_log_prob, jd.predictions.score(), **options)
+  loss = jd.losses.lsgm(sde, MODEL.observation, jd.predictions.score(), **options)
   trained, _ = jax.jit(lambda: jd.losses.averaged(loss, draws)(KEY, x, LatentModel(MODEL.autoencoder(), score)))()
   spread = np.hypot(trained.std(), exact.value.std()) / np.sqrt(n)
   assert abs(trained.mean() - exact.value.mean()) < 4 * spread
@@ -105,7 +105,7 @@ def test_by_elbo_it_is_the_exact_likelihood_in_the_mean(sde, x64):
 def test_the_times_of_an_example_s_draws_are_spread_evenly():
   """One offset an example: 1 / sqrt(8) of the spread of 8 independent times."""
   prior = lambda key, z, network, cond, u: (100 * u, {})
-  fn = jax.jit(lambda x: likelihood.latent_elbo(prior, MODEL.output_log_prob, 8)(KEY, x, MODEL.autoencoder(), SCORE))
+  fn = jax.jit(lambda x: likelihood.latent_elbo(prior, MODEL.observation, 8)(KEY, x, MODEL.autoencoder(), SCORE))
   result = fn(data(500))
   np.testing.assert_allclose(result.prior.mean(), 50, atol=0.5)
   assert 0.3 < result.prior.std() / (100 / np.sqrt(12 * 8)) < 0.4  # 1 / sqrt(8)
@@ -113,17 +113,21 @@ def test_the_times_of_an_example_s_draws_are_spread_evenly():
 
 def test_integers_are_told_in_bits_per_dimension():
   """The same model of the same integers, as integers and as floats: a factor, in every number."""
-  log_prob = lambda x, output: decoders.discretized_gaussian_log_prob(
-    x.astype(jnp.int32), output, jnp.float32(-1.0), 17, (-3.0, 3.0)
+  bits = observations.discretized(17, (-3.0, 3.0))
+  nats = bits._replace(
+    log_prob=lambda x, output: bits.log_prob(x.astype(jnp.int32), output),
+    to_state=lambda x: bits.to_state(x.astype(jnp.int32)),
   )
-  encode = lambda x: (0.1 * x.astype(jnp.float32)[:, :2] - 0.8, jnp.full((len(x), 2), -1.0))
-  autoencoder = jd.typing.Autoencoder(encode, MODEL.autoencoder().decode)
-  fn = likelihood.latent_ode(closed_form(0.1), log_prob, draws=3)
+  decode = lambda z: jnp.concatenate([MODEL.autoencoder().decode(z), jnp.full((len(z), 3), -1.0)], axis=1)
+  autoencoder = jd.typing.Autoencoder(lambda x: (x[:, :2], jnp.full((len(x), 2), -1.0)), decode)
   x = jax.random.randint(KEY, (5, 3), 0, 17)
-  bits, nats = (fn(KEY, value, autoencoder, SCORE) for value in (x.astype(jnp.uint8), x.astype(jnp.float32)))
+  told = [
+    likelihood.latent_ode(closed_form(0.1), observation, draws=3)(KEY, value, autoencoder, SCORE)
+    for observation, value in ((bits, x.astype(jnp.uint8)), (nats, x.astype(jnp.float32)))
+  ]
   for name in ("value", "reconstruction", "prior", "entropy", "standard_error", "draw_error"):
-    np.testing.assert_allclose(getattr(nats, name), 3 * np.log(2) * getattr(bits, name), rtol=1e-5)
-  np.testing.assert_allclose(nats.standard_error, 0.1 / np.sqrt(3), rtol=1e-5)
+    np.testing.assert_allclose(getattr(told[1], name), 3 * np.log(2) * getattr(told[0], name), rtol=1e-5)
+  np.testing.assert_allclose(told[1].standard_error, 0.1 / np.sqrt(3), rtol=1e-5)
 
 
 def test_examples_keep_their_bound_in_any_batch_and_their_draws_in_any_number():
@@ -134,15 +138,15 @@ def test_examples_keep_their_bound_in_any_batch_and_their_draws_in_any_number():
   x, c = jax.random.normal(KEY, (4, 3)), jnp.linspace(0.8, 1.2, 4)
   key = jd.example_keys(KEY, 0, 4)
   for fn in (
-    likelihood.latent_ode(ode, MODEL.output_log_prob, draws=2),
-    likelihood.latent_elbo(elbo, MODEL.output_log_prob, draws=2),
+    likelihood.latent_ode(ode, MODEL.observation, draws=2),
+    likelihood.latent_elbo(elbo, MODEL.observation, draws=2),
   ):
     run = jax.jit(lambda key, x, cond, fn=fn: fn(key, x, MODEL.autoencoder(), score, cond))
     whole, alone = run(key, x, {"c": c}), run(key[2:], x[2:], {"c": c[2:]})
     np.testing.assert_allclose(whole.value[2:], alone.value, rtol=1e-4)
     np.testing.assert_array_equal(whole.nfe[2:], alone.nfe)
   one, two = (
-    likelihood.latent_ode(closed_form(), MODEL.output_log_prob, draws)(KEY, x, MODEL.autoencoder(1.0), SCORE)
+    likelihood.latent_ode(closed_form(), MODEL.observation, draws)(KEY, x, MODEL.autoencoder(1.0), SCORE)
     for draws in (1, 2)
   )
   second = 2 * two.value - one.value
@@ -153,12 +157,10 @@ def test_examples_keep_their_bound_in_any_batch_and_their_draws_in_any_number():
 def test_failures_are_told():
   """A solve out of steps keeps its code; a value that is not finite has its own."""
   prior = likelihood.log_prob(jd.VP(), max_steps=3)
-  result = likelihood.latent_ode(prior, MODEL.output_log_prob)(
-    KEY, data(2), MODEL.autoencoder(), LATENTS.score(jd.VP())
-  )
+  result = likelihood.latent_ode(prior, MODEL.observation)(KEY, data(2), MODEL.autoencoder(), LATENTS.score(jd.VP()))
   with pytest.raises(jd.SolveError, match="2 of 2 examples.*raise max_steps"):
     jd.raise_if_failed(result)
-  broken = lambda x, output: jnp.where(jnp.arange(len(x)) == 1, jnp.nan, 0.0)
+  broken = MODEL.observation._replace(log_prob=lambda x, output: jnp.where(jnp.arange(len(x)) == 1, jnp.nan, 0.0))
   for fn in (
     likelihood.latent_ode(closed_form(), broken),
     likelihood.latent_elbo(jd.losses.bound(jd.VP(), time=times.importance()), broken),
@@ -170,25 +172,25 @@ def test_failures_are_told():
 
 
 def test_bad_input_is_named(untyped):
-  probes, log_prob = jd.divergence.hutchinson(2), MODEL.output_log_prob
+  probes, observation = jd.divergence.hutchinson(2), MODEL.observation
   with pytest.raises(ValueError, match="importance=True needs the exact trace"):
-    likelihood.latent_ode(closed_form(divergence=probes), log_prob, importance=True)
-  wide = jd.typing.Autoencoder(lambda x: (jnp.zeros((len(x), 100)),) * 2, lambda z: z)
+    likelihood.latent_ode(closed_form(divergence=probes), observation, importance=True)
+  wide = jd.typing.Autoencoder(lambda x: (jnp.zeros((len(x), 100)),) * 2, lambda z: z[:, :3])
   with pytest.raises(ValueError, match="importance=True needs the exact trace"):
-    likelihood.latent_ode(likelihood.log_prob(jd.VP()), lambda x, z: jnp.zeros(len(x)), importance=True)(
+    likelihood.latent_ode(likelihood.log_prob(jd.VP()), observation, importance=True)(
       KEY, data(2), wide, lambda z, t: -z
     )
   with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-    likelihood.latent_ode(closed_form(), log_prob, draws=0)
+    likelihood.latent_ode(closed_form(), observation, draws=0)
   with pytest.raises(TypeError, match="draws must be an integer, got 2.5"):
-    likelihood.latent_elbo(jd.losses.bound(jd.VP()), log_prob, draws=2.5)
+    likelihood.latent_elbo(jd.losses.bound(jd.VP()), observation, draws=2.5)
   with pytest.raises(TypeError, match="prior is a factory: did you forget to call it: likelihood.log_prob"):
-    likelihood.latent_ode(likelihood.log_prob, log_prob)
+    likelihood.latent_ode(likelihood.log_prob, observation)
   with pytest.raises(TypeError, match="prior must be a log-density, got CNF: pass its log_prob"):
-    likelihood.latent_ode(jd.flow.cnf(), log_prob)
+    likelihood.latent_ode(jd.flow.cnf(), observation)
   with pytest.raises(TypeError, match="prior is a factory: did you forget to call it: losses.bound"):
-    likelihood.latent_elbo(jd.losses.bound, log_prob)
+    likelihood.latent_elbo(jd.losses.bound, observation)
   with pytest.raises(TypeError, match="prior is a log-density: pass it to likelihood.latent_ode"):
-    likelihood.latent_elbo(closed_form(), log_prob)
-  with pytest.raises(ValueError, match=r"what log_prob returns must be one number per example, \[2\]"):
-    likelihood.latent_ode(closed_form(), lambda x, output: jnp.zeros(()))(KEY, data(2), MODEL.autoencoder(), SCORE)
+    likelihood.latent_elbo(closed_form(), observation)
+  with pytest.raises(TypeError, match="observation must be a Observation, got function, which lacks"):
+    likelihood.latent_ode(closed_form(), observation.log_prob)
