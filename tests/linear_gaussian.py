@@ -8,6 +8,8 @@ import scipy.stats
 from oracles import Gaussian
 
 import jaxdiff as jd
+from jaxdiff.losses import observations
+from jaxdiff.losses.observations import Observation
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class LinearGaussian:
     decode = lambda z: z @ jnp.asarray(self.weights.T, z.dtype) + jnp.asarray(self.offset, z.dtype)[None]
     return jd.typing.Autoencoder(encode, decode)
 
-  def output_log_prob(self, x, output):
-    return -0.5 * jnp.sum(((x - output) / self.noise) ** 2 + np.log(2 * np.pi * self.noise**2), axis=1)
+  @property
+  def observation(self) -> Observation:
+    return observations.gaussian(self.noise)
 
 
 def gap(shift: float, widen: float, units: int = 2) -> float:

@@ -9,7 +9,7 @@ from oracles import SDES
 
 import jaxdiff as jd
 from jaxdiff import latents
-from jaxdiff.losses import LatentModel, times, weights
+from jaxdiff.losses import LatentModel, observations, times, weights
 from jaxdiff.schedules import start_time
 
 SHORT = jd.VP(0.1, 3.0)  # far from its prior at t1
@@ -19,8 +19,7 @@ MEAN, VARIANCE = np.array([1.1, -0.2]), np.array([0.3, 0.1])
 ONE_BY_ONE = times.importance(stratified=False)
 
 
-def nothing(x, output):
-  return jnp.zeros(len(x), output.dtype)
+NOTHING = MODEL.observation._replace(log_prob=lambda x, output: jnp.zeros(len(x), output.dtype))
 
 
 def cross_entropy_at(sde, t0, mean, variance):
@@ -36,7 +35,7 @@ def cross_entropy_loss(sde, time=ONE_BY_ONE, **options):
   """`(key, mean: [n, 2], log_variance: [n, 2]) -> [n]`, the cross-entropy term with the exact score."""
   loss = jd.losses.lsgm(
     sde,
-    nothing,
+    NOTHING,
     jd.predictions.score(),
     time=time,
     prior_log_prob=lambda z: LATENTS.log_prob(z, sde, sde.t1),
@@ -112,7 +111,7 @@ def test_the_bound_is_the_exact_likelihood_but_for_the_posterior(sde, x64):
   """-log p(x) for the exact posterior, within 4 s.e. and 1e-3 nats of t0; KL(q || posterior) above it for another."""
   n, x = 200_000, jnp.asarray(X)[None]
   prior = lambda z: LATENTS.log_prob(z, sde, sde.t1)
-  loss = jd.losses.lsgm(sde, MODEL.output_log_prob, jd.predictions.score(), time=ONE_BY_ONE, prior_log_prob=prior)
+  loss = jd.losses.lsgm(sde, MODEL.observation, jd.predictions.score(), time=ONE_BY_ONE, prior_log_prob=prior)
 
   @jax.jit
   def run(shift, widen):
@@ -150,7 +149,7 @@ def bind(params):
 
 def gradients(x, **options):
   """(value [b], aux, gradient of the mean of the value) with the same noise for all options."""
-  loss = jd.losses.lsgm(jd.VP(), MODEL.output_log_prob, jd.predictions.noise(), **options)
+  loss = jd.losses.lsgm(jd.VP(), MODEL.observation, jd.predictions.noise(), **options)
 
   def mean(params):
     value, aux = loss(jax.random.key(7), x, bind(params))
@@ -177,7 +176,7 @@ def test_the_prior_s_weight_moves_the_network_alone(weight, x64):
   assert np.abs(gradient["network"]["in"] - bound["network"]["in"]).max() > 1e-3
 
   def prior_loss(net):
-    loss = jd.losses.lsgm(jd.VP(), nothing, jd.predictions.noise(), prior_weight=weight)
+    loss = jd.losses.lsgm(jd.VP(), NOTHING, jd.predictions.noise(), prior_weight=weight)
     return loss(jax.random.key(7), x, bind(parts() | {"network": net}))[1]["prior_loss"].mean()
 
   close(gradient["network"], jax.grad(prior_loss)(parts()["network"]))
@@ -207,7 +206,7 @@ def test_the_prior_loss_is_denoising_score_matching_of_the_latents(weight, time,
 def test_the_decoder_learns_from_the_reconstruction_alone(x64):
   x = jax.random.normal(jax.random.key(1), (16, 3))
   _, _, gradient = gradients(x, prior_weight=weights.noise())
-  loss = jd.losses.lsgm(jd.VP(), MODEL.output_log_prob)
+  loss = jd.losses.lsgm(jd.VP(), MODEL.observation)
 
   def reconstruction(decoder):
     return loss(jax.random.key(7), x, bind(parts() | {"decoder": decoder}))[1]["reconstruction"].mean()
@@ -224,14 +223,14 @@ def test_one_evaluation_of_the_network_serves_both_weights():
 
   model = LatentModel(MODEL.autoencoder(), counted)
   x = jnp.zeros((4, 3))
-  jd.losses.lsgm(jd.VP(), MODEL.output_log_prob, prior_weight=weights.noise())(jax.random.key(0), x, model)
+  jd.losses.lsgm(jd.VP(), MODEL.observation, prior_weight=weights.noise())(jax.random.key(0), x, model)
   assert len(calls) == 1
 
 
 @pytest.mark.parametrize("prior_weight", [None, weights.noise()], ids=["likelihood", "noise"])
 def test_examples_keep_their_bound_in_any_batch(prior_weight):
   """With their keys and times: float32 rounding of another batch size."""
-  loss = jd.losses.lsgm(jd.VP(), MODEL.output_log_prob, jd.predictions.score(), prior_weight=prior_weight)
+  loss = jd.losses.lsgm(jd.VP(), MODEL.observation, jd.predictions.score(), prior_weight=prior_weight)
   network = lambda z, t, c: -z * c[:, None]
   x = jax.random.normal(jax.random.key(1), (5, 3))
   run = jax.jit(lambda key, x, cond, u: loss(key, x, LatentModel(MODEL.autoencoder(), network), cond, u)[0])
@@ -252,9 +251,8 @@ def test_integers_and_images_pass():
     jnp.mean(x.astype(jnp.float32), axis=(1, 2), keepdims=True) / 8,
     jnp.full((len(x), 1, 1, 3), -1.0),
   )
-  decode = lambda z: jnp.broadcast_to(z, (len(z), 4, 4, 3))
-  log_prob = lambda x, output: jd.losses.decoders.discretized_gaussian_log_prob(x, output, jnp.float32(-1.0), 17)
-  loss = jd.losses.lsgm(jd.VP(), log_prob, prior_weight=weights.noise())
+  decode = lambda z: jnp.tile(jnp.concatenate([z, jnp.full_like(z, -1.0)], axis=-1), (1, 4, 4, 1))
+  loss = jd.losses.lsgm(jd.VP(), observations.discretized(17), prior_weight=weights.noise())
   x = jax.random.randint(jax.random.key(0), (4, 4, 4, 3), 0, 17).astype(jnp.uint8)
   run = jax.jit(lambda key: loss(key, x, LatentModel(jd.typing.Autoencoder(encode, decode), lambda z, t: 0.5 * z)))
   value, aux = run(jax.random.key(1))
@@ -265,19 +263,20 @@ def test_integers_and_images_pass():
 
 def test_bad_input_is_named(untyped):
   x, autoencoder = jnp.zeros((4, 3)), MODEL.autoencoder()
-  loss = jd.losses.lsgm(jd.VP(), MODEL.output_log_prob)
+  loss = jd.losses.lsgm(jd.VP(), MODEL.observation)
   run = lambda loss, model: loss(jax.random.key(0), x, model)
   with pytest.raises(TypeError, match="model must be a LatentModel, got tuple, which lacks autoencoder, network"):
     run(loss, (autoencoder, lambda z, t: z))
-  with pytest.raises(ValueError, match=r"what log_prob returns must be one number per example, \[4\]; got shape \(\)"):
-    run(jd.losses.lsgm(jd.VP(), lambda x, output: jnp.sum(x)), LatentModel(autoencoder, lambda z, t: z))
+  wide = autoencoder._replace(decode=lambda z: jnp.zeros((4, 6)))
+  with pytest.raises(ValueError, match=r"decode must return 1 outputs a channel of x \(4, 3\)"):
+    run(loss, LatentModel(wide, lambda z, t: z))
   with pytest.raises(ValueError, match=r"network must return an array of the shape of x, \(4, 2\); got \(4, 1\)"):
     run(loss, LatentModel(autoencoder, lambda z, t: z[:, :1]))
   with pytest.raises(ValueError, match=r"time must be times.importance\(\) or uniform\(\)"):
-    jd.losses.lsgm(jd.VP(), MODEL.output_log_prob, time=times.log_normal())
+    jd.losses.lsgm(jd.VP(), MODEL.observation, time=times.log_normal())
   with pytest.raises(TypeError, match=r"weight is a factory: did you forget to call it: weights.noise\(\)"):
-    jd.losses.lsgm(jd.VP(), MODEL.output_log_prob, prior_weight=weights.noise)
-  with pytest.raises(TypeError, match=r"log_prob must be a function \(x, output\) -> \[b\], got float"):
-    jd.losses.lsgm(jd.VP(), 1.0)
+    jd.losses.lsgm(jd.VP(), MODEL.observation, prior_weight=weights.noise)
+  with pytest.raises(TypeError, match="observation must be a Observation, got function, which lacks"):
+    jd.losses.lsgm(jd.VP(), MODEL.observation.log_prob)
   with pytest.raises(ValueError, match="t0"):
-    jd.losses.lsgm(jd.VP(), MODEL.output_log_prob, t0=2.0)
+    jd.losses.lsgm(jd.VP(), MODEL.observation, t0=2.0)

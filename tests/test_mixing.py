@@ -73,7 +73,7 @@ def test_it_goes_everywhere_a_network_goes(sde):
   """Sampler, log-density and LSGM, with a condition; jitted, parameters an argument."""
   mixed = jd.mixed_score(apply, sde)
   params = mixed.init(NETWORK, channels=3)
-  loss = losses.lsgm(sde, lambda x, output: -jnp.sum((x - output) ** 2, axis=1))
+  loss = losses.lsgm(sde, losses.observations.gaussian(1.0))
   autoencoder = jd.typing.Autoencoder(lambda x: (x, jnp.zeros_like(x)), lambda z: z)
   solve = jd.likelihood.log_prob(sde, rtol=1e-2, atol=1e-2)
   sampler = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 4))

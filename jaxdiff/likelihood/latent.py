@@ -29,7 +29,7 @@ from jaxdiff import status as codes
 from jaxdiff.flow import LogDensity
 from jaxdiff.likelihood import bits
 from jaxdiff.losses import times
-from jaxdiff.losses.lsgm import OutputLogProb
+from jaxdiff.losses.observations import Observation
 from jaxdiff.losses.score_matching import Loss
 from jaxdiff.predictions import evaluations
 from jaxdiff.typing import NO_COND, Autoencoder, Cond, Keys, LogProb, Network, ScoreFn, State, Status
@@ -63,18 +63,19 @@ class LatentBound(NamedTuple):
 
 
 def latent_ode(
-  prior: LogDensity, log_prob: OutputLogProb, draws: int = 1, importance: bool = False
+  prior: LogDensity, observation: Observation, draws: int = 1, importance: bool = False
 ) -> Callable[..., LatentBound]:
   """The bound with the exact density of the latents under the probability flow.
 
   Args:
     prior: of latents: what `likelihood.log_prob` returned.
-    log_prob: `(x, output) -> [b]`, log p(x | z) in nats for output = decode(z).
+    observation: p(x | output of the decoder), of `losses.observations`.
     draws: of the posterior, K in (1), one after the other.
     importance: the logarithm of the mean weight rather than the mean of the logarithms: exact traces only.
 
   Returns:
-    fn(key, x, autoencoder, score, cond={}) -> LatentBound, x integers or not. Draw k of an example has the example's
+    fn(key, x, autoencoder, score, cond={}) -> LatentBound, x integers for observations of
+    integers, else floats. Draw k of an example has the example's
     key folded with k: it is the same for any batch and any number of draws.
 
   Raises:
@@ -84,8 +85,7 @@ def latent_ode(
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
-    >>> log_prob = lambda x, output: -0.5 * jnp.sum((x - output) ** 2 + jnp.log(2 * jnp.pi), axis=1)
-    >>> fn = jd.likelihood.latent_ode(jd.likelihood.log_prob(jd.VP()), log_prob)
+    >>> fn = jd.likelihood.latent_ode(jd.likelihood.log_prob(jd.VP()), jd.losses.observations.gaussian(std=1.0))
     >>> autoencoder = jd.typing.Autoencoder(lambda x: (x / 2, jnp.full_like(x, -jnp.log(2.0))), lambda z: z)
     >>> result = fn(jax.random.key(0), jnp.zeros((1, 2)), autoencoder, lambda z, t: -z)
     >>> round(float(result.value[0]), 3), round(float(jnp.log(4 * jnp.pi)), 3)  # x is N(0, 2 I), its posterior exact
@@ -102,15 +102,15 @@ def latent_ode(
       bits.check_exact(prior.trace(z))
     return prior(key, z, score, cond)
 
-  return _bound(density, log_prob, draws, bits.log_mean_over_draws if importance else bits.mean_over_draws)
+  return _bound(density, observation, draws, bits.log_mean_over_draws if importance else bits.mean_over_draws)
 
 
-def latent_elbo(prior: Loss, log_prob: OutputLogProb, draws: int = 1) -> Callable[..., LatentBound]:
+def latent_elbo(prior: Loss, observation: Observation, draws: int = 1) -> Callable[..., LatentBound]:
   """The bound with that of the latents, without solves: what `losses.lsgm` trains, in expectation.
 
   Args:
     prior: a bound on -log p(z) in nats: `losses.bound(sde, prediction)`.
-    log_prob: as in `latent_ode`.
+    observation: as in `latent_ode`.
     draws: of the posterior, each with a time and a noise of its own, the times spread evenly over the draws.
 
   Returns:
@@ -130,26 +130,26 @@ def latent_elbo(prior: Loss, log_prob: OutputLogProb, draws: int = 1) -> Callabl
     none = jnp.zeros(len(z), jnp.int32)
     return LogProb(-value, z, none + evaluations(network), Status(none, none, none), jnp.zeros_like(value))
 
-  return _bound(density, log_prob, draws, bits.mean_over_draws)
+  return _bound(density, observation, draws, bits.mean_over_draws)
 
 
 def _bound(
-  prior: _Prior, log_prob: OutputLogProb, draws: int, average: Callable[[Array], tuple[Array, Array]]
+  prior: _Prior, observation: Observation, draws: int, average: Callable[[Array], tuple[Array, Array]]
 ) -> Callable[..., LatentBound]:
   checks.whole("draws", draws, 1)
-  checks.made("log_prob", log_prob)
+  checks.made("observation", observation, Observation)
 
   def fn(
     key: Keys, x: Shaped[Array, "b *d"], autoencoder: Autoencoder, model: Any, cond: Cond = NO_COND
   ) -> LatentBound:
     draw_key, offset_key = keys.split(keys.per_example(key, len(x)))
-    q = latents.posterior(autoencoder, x)
+    q = latents.posterior(autoencoder, observation.to_state(x))
     offset = keys.uniform(offset_key, (len(x),), jnp.result_type(float))
 
     def draw(k: Array) -> tuple[Array, Array, LogProb]:
       sample_key, prior_key = keys.split(keys.fold_in(draw_key, k))
       z = latents.sample(sample_key, q)
-      decoded = checks.per_example("what log_prob returns", log_prob(x, autoencoder.decode(z)), len(x))
+      decoded = observation.log_prob(x, autoencoder.decode(z))
       result = prior(prior_key, z, model, cond, times.stratified(offset, k, draws))
       return decoded.astype(result.value.dtype), latents.log_prob(q, z).astype(result.value.dtype), result
 

@@ -31,13 +31,13 @@ from jaxtyping import Float, Key, Shaped
 
 from jaxdiff import checks, keys, latents
 from jaxdiff.losses import bounds, times, weights
+from jaxdiff.losses.observations import Observation
 from jaxdiff.losses.score_matching import check_made, denoising
 from jaxdiff.predictions import Prediction, noise
 from jaxdiff.schedules import TRAINING_NOISE_TO_SIGNAL, start_time
 from jaxdiff.sde import ScalarSDE
 from jaxdiff.typing import NO_COND, Autoencoder, Cond, Keys, Network, Scalar, State
 
-OutputLogProb = Callable[[Array, Array], Float[Array, " b"]]
 Costs = dict[str, Float[Array, " b"]]
 
 
@@ -55,7 +55,7 @@ class LatentModel(NamedTuple):
 
 def lsgm(
   sde: ScalarSDE,
-  log_prob: OutputLogProb,
+  observation: Observation,
   prediction: Prediction = noise(),
   prior_weight: weights.Weight | None = None,
   time: times.Times = times.importance(),
@@ -66,7 +66,7 @@ def lsgm(
 
   Args:
     sde: a process of the latents with scalar marginals.
-    log_prob: `(x, output) -> [b]`, log p(x | z) in nats for output = decode(z).
+    observation: p(x | output of the decoder), of `losses.observations`.
     prediction: what the network outputs.
     prior_weight: what the network's gradient weighs the squared error of the noise with, `weights.noise()` or another
       that is positive everywhere; None for the bound's own. Encoder and decoder follow the bound in any case.
@@ -76,19 +76,20 @@ def lsgm(
 
   Returns:
     loss(key, x, model, cond={}, u=None) -> (bound [b] in nats, aux), `model` a `LatentModel`, one evaluation of its
-    network. With a `prior_weight` its value is still the bound, and its gradient no longer that of its value. `cond` is
-    the network's. aux, in nats: "reconstruction", "cross_entropy" and "entropy", of which the bound is the first two
-    less the third; "prior_loss", what the network follows; and "noise_error", of the noise per dimension.
+    network; x are integers for observations of integers, else floats; `cond` is the network's. With a `prior_weight`
+    the value is still the bound, and its gradient no longer that of the value. aux, in nats: "reconstruction",
+    "cross_entropy" and "entropy", of which the bound is the first two less the third; "prior_loss", what the network
+    follows; and "noise_error", of the noise per dimension.
 
   Raises:
-    ValueError: for a t0 outside [0, t1), times without correction (`log_normal`, `fixed`); when called, for a
-      log_prob that is not one number per example, or a posterior of two shapes.
-    TypeError: for a factory given where what it makes is due; when called, for a model that is no `LatentModel`.
+    ValueError: for a t0 outside [0, t1), times without correction (`log_normal`, `fixed`); when called, for outputs
+      that the observation does not fit, or a posterior of two shapes.
+    TypeError: for a factory given where what it makes is due; when called, for a model that is no `LatentModel`, or
+      data of the wrong type.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
-    >>> log_prob = lambda x, output: -0.5 * jnp.sum((x - output) ** 2 + jnp.log(2 * jnp.pi), axis=1)
-    >>> loss = jd.losses.lsgm(jd.VP(), log_prob, jd.predictions.score())
+    >>> loss = jd.losses.lsgm(jd.VP(), jd.losses.observations.gaussian(std=1.0), jd.predictions.score())
     >>> autoencoder = jd.typing.Autoencoder(lambda x: (x / 2, jnp.full_like(x, -jnp.log(2.0))), lambda z: z)
     >>> model = jd.losses.LatentModel(autoencoder, lambda z, t: -z)  # the score of N(0, I)
     >>> value, aux = loss(jax.random.key(0), jnp.zeros((500, 2)), model)
@@ -96,9 +97,7 @@ def lsgm(
     True
   """
   check_made(sde, prediction, weights.likelihood() if prior_weight is None else prior_weight, time)
-  checks.made("log_prob", log_prob)
-  if not callable(log_prob):
-    raise TypeError(f"log_prob must be a function (x, output) -> [b], got {type(log_prob).__name__}")
+  checks.made("observation", observation, Observation)
   bounds.check_unbiased(time)
   first = start_time(sde, t0, TRAINING_NOISE_TO_SIGNAL)
   cross_entropy = _cross_entropy(sde, prediction, prior_weight, time, first, prior_log_prob or sde.prior_log_prob)
@@ -110,10 +109,9 @@ def lsgm(
     sample_key, time_key, prior_key = keys.split(keys.per_example(key, len(x)), 3)
     if u is None:
       u = times.draw(time, key, time_key, first.dtype)
-    q = latents.posterior(model.autoencoder, x)
+    q = latents.posterior(model.autoencoder, observation.to_state(x))
     z = latents.sample(sample_key, q)
-    output = model.autoencoder.decode(z)
-    reconstruction = -checks.per_example("what log_prob returns", log_prob(x, output), len(x))
+    reconstruction = -observation.log_prob(x, model.autoencoder.decode(z))
     cross, aux = cross_entropy(prior_key, z, model.network, cond, u)
     entropy = latents.entropy(q)
     value = reconstruction + cross - entropy
