@@ -199,8 +199,8 @@ def normal_log_density(x, mean, variance):
 def test_at_the_best_discriminator_the_loss_is_the_jensen_shannon_divergence(x64):
   """Data N(0, c), G = a x_t + s z: both denoising distributions are normal, so D is known, and JSD an integral.
 
-  The generator is the exact one (JSD = 0) or off, too narrow or too wide; the mean of 40,000 losses is within 4 standard errors
-  of 2 log 2 - 2 JSD, and any other discriminator has a higher one on the same examples.
+  The generator is the exact one (JSD = 0) or off, too narrow or too wide; the mean of 40,000 losses is within 4
+  standard errors of 2 log 2 - 2 JSD, and any other discriminator has a higher one on the same examples.
   """
   c, count, two = 0.5, 40_000, chain(2)
   x0 = jnp.sqrt(c) * jax.random.normal(jax.random.key(3), (count, 1))
@@ -373,6 +373,8 @@ def test_the_patch_loss_has_the_gradients_of_both_sides(x64):
   hand = np.log1p(np.exp(-np.asarray(logits["real"]))).mean((1, 2)) + np.log1p(np.exp(np.asarray(logits["fake"]))).mean(
     (1, 2)
   )
+  fooled = np.log1p(np.exp(-np.asarray(logits["fake"]))).mean((1, 2))
+  np.testing.assert_allclose(aux["generator_loss"], fooled, rtol=1e-9)
   np.testing.assert_allclose(aux["discriminator_loss"], hand, rtol=1e-9)
   np.testing.assert_allclose(
     value, squares(KEY, x, patch_players(params).generator)[0] + 0.3 * aux["generator_loss"] + hand
