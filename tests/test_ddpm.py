@@ -56,6 +56,45 @@ def test_marginal_is_the_product_of_the_steps(name, x64):
       np.testing.assert_allclose(chain.marginal(t), (alpha, np.sqrt(variance)), rtol=1e-10)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 100])
+def test_a_few_steps_of_vp_meet_it_at_every_node(steps, x64):
+  t = jnp.arange(steps + 1)
+  for betas in ({}, {"beta_min": 0.5, "beta_max": 3.0}):
+    chain = jd.ddpm.Chain(jd.ddpm.vp_betas(steps, **betas))
+    assert chain.steps == steps
+    for found, expected in zip(chain.marginal(t), jd.VP(**betas).marginal(t / steps), strict=True):
+      np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_one_step_of_vp_keeps_its_digits_in_float32():
+  """1 - beta = exp(-10.05) has 24 + log2(exp(-10.05)) = 9 bits; half of an error is that of alpha."""
+  for steps in (1, 2, 4, 8):
+    alpha, sigma = jd.ddpm.Chain(jd.ddpm.vp_betas(steps)).marginal(steps)
+    np.testing.assert_allclose(alpha, np.exp(-0.5 * 10.05), rtol=1e-3 if steps == 1 else 1e-4)
+    np.testing.assert_allclose(sigma, 1.0, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_wrong_steps_of_vp_are_refused():
+  with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    jd.ddpm.vp_betas(0)
+  with pytest.raises(TypeError, match=r"steps must be an integer, got 2\.5"):
+    jd.ddpm.vp_betas(2.5)
+  with pytest.raises(ValueError, match=r"0 <= beta_min <= beta_max, got 5\.0 and 1\.0"):
+    jd.ddpm.vp_betas(4, 5.0, 1.0)
+
+
+def test_draws_of_the_posterior_have_its_moments(x64):
+  chain, key = jd.ddpm.Chain(jd.ddpm.vp_betas(4)), jax.random.key(0)
+  x0, x_t, t = jnp.asarray([[0.3, -1.0], [2.0, 0.5], [1.0, 1.0]]), jnp.ones((3, 2)), jnp.asarray([1, 2, 4])
+  mean, variance = chain.posterior(x0, x_t, t)
+  drawn = chain.sample_posterior(key, x0, x_t, t)
+  z = jax.vmap(lambda key: jax.random.normal(key, (2,)))(jd.example_keys(key, 0, 3))
+  np.testing.assert_allclose(drawn, mean + jnp.sqrt(variance)[:, None] * z, rtol=1e-12)
+  np.testing.assert_allclose(drawn[0], x0[0], rtol=1e-12)
+  assert jnp.abs(drawn - mean)[1:].min() > 1e-3
+
+
 @EACH
 def test_float32_has_all_its_digits(name):
   chain = CHAINS[name]
