@@ -1,7 +1,8 @@
 """The vocabulary: what every signature of jaxdiff is written in.
 
 Shapes: `x: [b, *d]` with a leading batch axis, `t`: a scalar or `[b]`. Time runs from data at `t = 0` to the prior at
-`sde.t1`. A condition `cond` is a dict of arrays with a leading batch axis, handed on as keyword arguments.
+`sde.t1`. A phase state has position and velocity on its last axis. A condition `cond` is a dict of arrays with a
+leading batch axis, handed on as keyword arguments.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ Time = Real[Array, ""] | Real[Array, " b"] | float | int
 Times = Float[Array, " b"]
 Step = Integer[Array, ""] | Integer[Array, " b"] | int
 State = Float[Array, "b *d"]
+PhaseState = Float[Array, "b *d 2"]
 Cond = Mapping[str, Shaped[Array, "b ..."]]
 Params = Any
 

@@ -22,11 +22,12 @@ def matrices(sde):
 
 
 def kernel(sde, t):
-  """(Phi, S) of u_t | u_0 ~ N(Phi u_0, S) by one matrix exponential (Van Loan 1978)."""
+  """(Phi, S) of u_t | u_0 ~ N(Phi u_0, S) by matrix exponentials: S' = A S + S A^T + Q is linear in (S, 1)."""
   drift, noise = matrices(sde)
-  power = scipy.linalg.expm(t * np.block([[-drift, noise], [np.zeros((2, 2)), drift.T]]))
-  phi = power[2:, 2:].T
-  return phi, phi @ power[:2, 2:]
+  generator = np.zeros((5, 5))
+  generator[:4, :4] = np.kron(drift, np.eye(2)) + np.kron(np.eye(2), drift)
+  generator[:4, 4] = noise.ravel()
+  return scipy.linalg.expm(t * drift), scipy.linalg.expm(t * generator)[:4, 4].reshape(2, 2)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from jaxdiff import checks
 from jaxdiff.cld.process import AugmentedSDE, join, split
 from jaxdiff.predictions import checked_output
 from jaxdiff.sde import batch_time, expand
-from jaxdiff.typing import Cond, Network, Params, State, Time
+from jaxdiff.typing import Cond, Network, Params, PhaseState, State, Time
 
 
-def velocity_noise(network: Network, u: State, t: Time, sde: AugmentedSDE, mixed: bool, cond: Cond) -> State:
+def velocity_noise(network: Network, u: PhaseState, t: Time, sde: AugmentedSDE, mixed: bool, cond: Cond) -> State:
   """e(u, t) of eq. (1), what the network takes eps_v for, `[b, *d]`.
 
   Raises:
@@ -68,13 +68,13 @@ class _Model:
   sde: AugmentedSDE
   mixed: bool
 
-  def __call__(self, u: State, t: Time, /, **cond: Array) -> State:
+  def __call__(self, u: PhaseState, t: Time, /, **cond: Array) -> PhaseState:
     t = batch_time(t, u)
     noise = self._noise(u, t, cond)
     _, cholesky = self.sde.given_position(t)
     return join(jnp.zeros_like(noise), -noise / expand(cholesky[..., 1, 1], noise))
 
-  def denoised(self, u: State, t: Time, /, **cond: Array) -> State:
+  def denoised(self, u: PhaseState, t: Time, /, **cond: Array) -> State:
     x, v = split(u)
     t = batch_time(t, u)
     mean, cholesky = self.sde.given_position(t)
@@ -83,7 +83,7 @@ class _Model:
     of_x, of_v, of_noise = (expand(value / scale, x) for value in (vx, xx, xx * vv))
     return of_x * x - of_v * v + of_noise * self._noise(u, t, cond)
 
-  def _noise(self, u: State, t: Float[Array, " b"], cond: Cond) -> State:
+  def _noise(self, u: PhaseState, t: Float[Array, " b"], cond: Cond) -> State:
     return velocity_noise(functools.partial(self.apply, self.params), u, t, self.sde, self.mixed, cond)
 
 
@@ -119,7 +119,7 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: AugmentedSDE, mix
 class _OnChannels:
   apply: Callable[..., Array]
 
-  def __call__(self, params: Params, u: State, t: Array, **cond: Array) -> State:
+  def __call__(self, params: Params, u: PhaseState, t: Array, **cond: Array) -> State:
     x, v = split(u)
     seen = jnp.concatenate([x, v], axis=-1)
     return checked_output(self.apply(params, seen, t, **cond), seen)[..., x.shape[-1] :]

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from jaxdiff import checks, keys, schedules
 from jaxdiff.schedules import float_time
 from jaxdiff.sde import SDE, batch_time, expand
-from jaxdiff.typing import Keys, Scalar, State, Time
+from jaxdiff.typing import Keys, PhaseState, Scalar, State, Time
 
 Kind = Literal["uniform", "quadratic"]
 
@@ -97,21 +97,21 @@ class CLD:
   def velocity_std(self) -> Scalar:
     return (self.gamma * self.mass) ** 0.5
 
-  def drift(self, u: State, t: Time) -> State:
+  def drift(self, u: PhaseState, t: Time) -> PhaseState:
     x, v = split(u)
     beta, mass, friction = (jnp.asarray(value, u.dtype) for value in (self.beta, self.mass, self.friction))
     return beta * join(v / mass, -x - friction / mass * v)
 
-  def diffuse(self, t: Time, w: State) -> State:
+  def diffuse(self, t: Time, w: PhaseState) -> PhaseState:
     x, v = split(w)
     return join(jnp.zeros_like(x), jnp.sqrt(2 * jnp.asarray(self.friction * self.beta, w.dtype)) * v)
 
-  def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> State:
+  def prior_sample(self, key: Keys, shape: tuple[int, ...]) -> PhaseState:
     _check("shape of the prior's samples", shape)
     x, v = split(keys.normal(keys.per_example(key, shape[0]), shape, jnp.result_type(float)))
     return join(x, jnp.sqrt(jnp.asarray(self.mass, v.dtype)) * v)
 
-  def prior_log_prob(self, z: State) -> Float[Array, " b"]:
+  def prior_log_prob(self, z: PhaseState) -> Float[Array, " b"]:
     x, v = split(z)
     mass = jnp.asarray(self.mass, z.dtype)
     squares = jnp.sum(x**2 + v**2 / mass, axis=range(1, x.ndim))
@@ -126,7 +126,7 @@ class CLD:
     tau, root = self._tau(float_time(t))
     return _mean(tau, root)[..., 0], _cholesky(tau, jnp.asarray(self.gamma, tau.dtype), root)
 
-  def step_back(self, u: State, t: Time, s: Time, noise: State) -> State:
+  def step_back(self, u: PhaseState, t: Time, s: Time, noise: PhaseState) -> PhaseState:
     """u_s given u_t = u, s <= t, where the process keeps its prior: (2) and (3) with velocities turned round.
 
     Args:
@@ -145,7 +145,7 @@ class CLD:
     return jnp.asarray(self.beta, t.dtype) * t / root, root
 
 
-def split(u: State) -> tuple[State, State]:
+def split(u: PhaseState) -> tuple[State, State]:
   """Positions and velocities of a state `[b, *d, 2]`, each `[b, *d]`.
 
   Raises:
@@ -155,7 +155,7 @@ def split(u: State) -> tuple[State, State]:
   return u[..., 0], u[..., 1]
 
 
-def join(x: State, v: State) -> State:
+def join(x: State, v: State) -> PhaseState:
   """The state `[b, *d, 2]` of positions and velocities."""
   return jnp.stack([x, v], axis=-1)
 
@@ -172,7 +172,7 @@ def _matrix(xx: Array, xv: Array, vx: Array, vv: Array) -> Float[Array, "... 2 2
   return jnp.stack([jnp.stack([xx, xv], axis=-1), jnp.stack([vx, vv], axis=-1)], axis=-2)
 
 
-def _apply(matrix: Float[Array, "... 2 2"], u: State) -> State:
+def _apply(matrix: Float[Array, "... 2 2"], u: PhaseState) -> PhaseState:
   """The matrix of every example times every coordinate's (x, v)."""
   x, v = split(u)
   row = lambda i: expand(matrix[..., i, 0], x) * x + expand(matrix[..., i, 1], v) * v
@@ -275,7 +275,7 @@ def time_grid(
     return times.at[0].set(first).at[-1].set(last)
 
 
-def perturb(key: Keys, x0: State, t: Time, sde: AugmentedSDE) -> tuple[State, State]:
+def perturb(key: Keys, x0: State, t: Time, sde: AugmentedSDE) -> tuple[PhaseState, PhaseState]:
   """Noise the data, with their velocities at t = 0 drawn and marginalized: u_t = m x_0 + L eps.
 
   Args:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Key
 
 from jaxdiff import keys
 from jaxdiff.losses.weights import log_snr_rate
-from jaxdiff.sde import ScalarSDE, log_snr
+from jaxdiff.sde import SDE, ScalarSDE, log_snr
 from jaxdiff.typing import Keys, Scalar
 
 
@@ -40,7 +40,7 @@ class Times(NamedTuple):
 def uniform(stratified: bool = True) -> Times:
   """t uniform in [t0, t1]."""
 
-  def place(sde: ScalarSDE, t0: Array, u: Array) -> tuple[Array, Array]:
+  def place(sde: SDE, t0: Array, u: Array) -> tuple[Array, Array]:
     return t0 + u * (sde.t1 - t0), jnp.ones_like(u)
 
   return Times(place, stratified)
@@ -83,7 +83,7 @@ def log_normal(mean: float = -1.2, std: float = 1.2, stratified: bool = True) ->
 def fixed(t: Scalar) -> Times:
   """One time only: `fixed(sigma)` with `EDM` is score matching at the noise level sigma."""
 
-  def place(sde: ScalarSDE, t0: Array, u: Array) -> tuple[Array, Array]:
+  def place(sde: SDE, t0: Array, u: Array) -> tuple[Array, Array]:
     if not isinstance(t, jax.core.Tracer) and not isinstance(sde.t1, jax.core.Tracer) and not 0 < t <= sde.t1:
       raise ValueError(f"the fixed time must lie in (0, t1] = (0, {sde.t1}], got {t}")
     return jnp.full_like(u, t), jnp.ones_like(u)

@@ -1,0 +1,180 @@
+"""Sampling in phase space: Euler-Maruyama, symmetric splitting and the probability flow, on Gaussian data."""
+
+import pathlib
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from phase import errors, phase_gaussian, sampled_moments
+
+import jaxdiff as jd
+
+KEY, DATA, T0 = jax.random.key(0), phase_gaussian(), 0.05
+SDE = jd.CLD(gamma=0.25)
+SAMPLERS = {
+  "euler": (lambda ts, **options: jd.samplers.reverse_sde(SDE, ts, **options), 1),
+  "sscs": (lambda ts, **options: jd.samplers.sscs(SDE, ts, **options), 2),
+  "sscs2": (lambda ts, **options: jd.samplers.sscs(SDE, ts, order=2, **options), 2),
+}
+EACH = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def found_errors(name, steps, kind="quadratic"):
+  make, draws = SAMPLERS[name]
+  return errors(make(jd.cld.time_grid(SDE, steps, kind, t0=T0)), DATA, draws)
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["uniform", "quadratic"])
+def test_weak_orders_of_mean_and_covariance(name, kind, x64):
+  """Slopes over four times the steps, within 0.1: exact moments by recursion in double precision."""
+  coarse, fine = (found_errors(name, steps, kind) for steps in (200, 800))
+  np.testing.assert_allclose(np.log(coarse / fine) / np.log(4), 2 if name == "sscs2" else 1, atol=0.1)
+
+
+def test_splitting_is_more_accurate_at_as_many_evaluations(x64):
+  """The covariance by more than 6 (0.060 and 0.0090 at 200), of the larger error by more than 4; the mean, carried by
+  the score at the start of the step, is worse by less than 2. Order 2 at half the steps wins by more than 3 again."""
+  euler, split, middle = found_errors("euler", 200), found_errors("sscs", 200), found_errors("sscs2", 100)
+  assert split[1] < euler[1] / 6
+  assert max(split) < max(euler) / 4
+  assert split[0] < 2 * euler[0]
+  assert max(middle) < max(split) / 3
+
+
+@EACH
+def test_moments_by_recursion_are_those_of_samples(name):
+  """2000 samples of the sampler as it is called, 4 standard errors; the status is well and nfe as promised."""
+  make, draws = SAMPLERS[name]
+  sampler = make(jd.cld.time_grid(SDE, 12, t0=T0))
+  mean, cov = (v[0] for v in DATA.moments(SDE, sampler.ts[:1]))
+  noise = jax.random.normal(jax.random.key(1), (2000, 3, 2))
+  u_T = mean[None] + jnp.einsum("dij,bdj->bdi", jnp.linalg.cholesky(cov), noise)
+  sample = jax.jit(lambda u: sampler(KEY, u, DATA.score(SDE)))(u_T)
+  jd.raise_if_failed(sample)
+  assert sample.nfe[0] == (24 if name == "sscs2" else 12)
+  mean, cov = sampled_moments(sampler, DATA, draws)
+  variance = np.diagonal(cov, axis1=-2, axis2=-1)
+  assert np.all(np.abs(sample.x.mean(axis=0) - mean) < 4 * np.sqrt(variance / 2000))
+  away = np.asarray(sample.x) - mean
+  found = np.einsum("bdi,bdj->dij", away, away) / 2000
+  assert np.all(np.abs(found - cov) < 4 * np.sqrt((variance[..., None] * variance[..., None, :] + cov**2) / 2000))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_splitting_is_exact_where_the_score_is_that_of_the_prior(order, x64):
+  """Two steps only, at gamma = 1 and N(0, I) data: the recursion keeps the prior to 1e-12."""
+  sde = jd.CLD(gamma=1.0)
+  data = type(DATA)(np.zeros(2), np.ones(2))
+  assert np.all(errors(jd.samplers.sscs(sde, jnp.asarray([1.0, 0.4, 0.01]), order), data, 2) < 1e-12)
+
+
+@dataclass(frozen=True)
+class Mine:
+  """A process of one's own: variance preserving, beta = 2 + 8 t, with its reversible steps at the prior."""
+
+  t1 = 1.0
+
+  def beta(self, t):
+    return 2 + 8 * t
+
+  def drift(self, x, t):
+    return -0.5 * jd.sde.expand(jnp.asarray(self.beta(t)), x) * x
+
+  def diffuse(self, t, v):
+    return jnp.sqrt(self.beta(t)) * v
+
+  def prior_sample(self, key, shape):
+    return jd.keys.normal(jd.keys.per_example(key, shape[0]), shape)
+
+  def prior_log_prob(self, z):
+    return -0.5 * jnp.sum(z**2 + jnp.log(2 * jnp.pi), axis=1)
+
+  def step_back(self, x, t, s, noise):
+    kept = jnp.exp(-0.5 * (t - s) * self.beta(0.5 * (t + s)))
+    return kept * x + jnp.sqrt(1 - kept**2) * noise
+
+
+class Shrunk:
+  """Data N(0, 0.5^2) under it, as pairs of independent coordinates."""
+
+  mean = np.zeros(1)
+
+  def moments(self, sde, t):
+    variance = 1 - 0.75 * jnp.exp(-(2 * t + 4 * t**2))
+    return jnp.zeros((len(t), 1, 2)), variance[:, None, None, None] * jnp.eye(2)[None, None]
+
+  def score(self, sde):
+    return lambda x, t: -x / self.moments(sde, t)[1][..., 0, 0, None]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_process_of_ones_own_with_a_rate_that_varies(order, x64):
+  coarse, fine = (
+    errors(jd.samplers.sscs(Mine(), jnp.linspace(1.0, 0.1, steps + 1), order), Shrunk(), 2)[1] for steps in (40, 160)
+  )
+  np.testing.assert_allclose(np.log(coarse / fine) / np.log(4), order, atol=0.15)
+
+
+def test_no_sampler_knows_of_the_process():
+  """They go by the methods of protocols: none names it, imports it or asks for its kind."""
+  for path in pathlib.Path(jd.samplers.__file__).parent.glob("*.py"):
+    text = path.read_text(encoding="utf-8")
+    code = re.sub(r'"""(.|\n)*?"""', "", text)
+    assert not re.search(r"cld|langevin_diffusion|velocit|position", code, re.IGNORECASE), path.name
+    assert "isinstance(sde" not in code.replace("self.", ""), path.name
+
+
+@EACH
+def test_example_k_is_the_same_in_any_batch_and_path_and_nan_is_reported(name):
+  sampler = SAMPLERS[name][0](jd.cld.time_grid(SDE, 8, t0=T0), path=4)
+  score = lambda u, t, broken: jnp.where((t < 0.5)[:, None, None] & broken[:, None, None], jnp.nan, -2 * u)
+  broken = jnp.asarray([False, True, False])
+  u_T = SDE.prior_sample(KEY, (3, 2, 2))
+  whole = sampler(KEY, u_T, score, {"broken": broken})
+  alone = sampler(jd.example_keys(KEY, 2, 1), u_T[2:], score, {"broken": broken[2:]})
+  np.testing.assert_allclose(whole.x[2:], alone.x, rtol=1e-5)
+  assert whole.path.shape == (3, 3, 2, 2)
+  np.testing.assert_array_equal(whole.path[-1], whole.x)
+  assert whole.status.code.tolist() == [0, 2, 0]
+
+
+def test_the_flow_carries_the_prior_to_the_data(x64):
+  """Affine for Gaussian data: it carries the exact moments at t1 to those at t0, and back; 1e-6 at tolerance 1e-8."""
+  field = jd.reverse(SDE, DATA.score(SDE), 0.0)[0]
+  base = jd.flow.Base(SDE.prior_sample, SDE.prior_log_prob)
+  flow = jd.flow.cnf(base, t0=T0, t1=SDE.t1, rtol=1e-8, atol=1e-8, steps="shared")
+  unit = jnp.zeros((3, 3, 2)).at[1, :, 0].set(1).at[2, :, 1].set(1)
+  ends = jax.jit(lambda u: flow.inverse(KEY, u, field).x)(unit)
+  matrix = np.moveaxis(np.asarray(ends[1:] - ends[:1]), 0, -1)
+  (first, start), (mean, cov) = ([v[0] for v in DATA.moments(SDE, jnp.full(1, t))] for t in (SDE.t1, T0))
+  np.testing.assert_allclose(matrix @ np.asarray(start) @ np.moveaxis(matrix, -1, -2), cov, atol=1e-6)
+  np.testing.assert_allclose(np.einsum("dij,dj->di", matrix, first) + ends[0], mean, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(lambda u: flow.forward(KEY, u, field).x)(ends), unit, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("call", "error", "message"),
+  [
+    (lambda: jd.samplers.sscs(jd.VP(), jnp.array([1.0, 0.5])), TypeError, "got VP, which lacks step_back"),
+    (lambda: jd.samplers.sscs(jd.CLD, jnp.array([1.0, 0.5])), TypeError, r"did you forget to call it: CLD\(\)"),
+    (lambda: jd.samplers.sscs(SDE, jnp.array([1.0, 0.5]), order=3), ValueError, "order must be one of 1, 2, got 3"),
+    (lambda: jd.samplers.sscs(SDE, jnp.array([0.5, 1.0])), ValueError, "ts must decrease"),
+    (
+      lambda: jd.samplers.sscs(SDE, jnp.array([1.0, 0.5]))(KEY, jnp.ones((4, 3)), lambda u, t: -u),
+      ValueError,
+      r"u must be \[b, \*d, 2\], with position and velocity on the last axis, got \(4, 3\)",
+    ),
+    (
+      lambda: jd.samplers.sscs(SDE, jnp.array([1.0, 0.5]))(KEY, jnp.ones((4, 3, 2)), lambda u, t: -u[..., 0]),
+      ValueError,
+      "score must return an array of the shape of x",
+    ),
+  ],
+)
+def test_bad_input_is_refused(call, error, message, untyped):
+  with pytest.raises(error, match=message):
+    call()
