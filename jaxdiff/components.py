@@ -246,6 +246,18 @@ def gumbel(
   return Autoencoding(losses.gumbel(observed, temperature, beta, straight_through), observed)
 
 
+def lsgm(
+  sde: sde.ScalarSDE,
+  autoencoding: Autoencoding,
+  prediction: predictions.Prediction,
+  prior_weight: losses.weights.Weight | None = None,
+  time: losses.times.Times = losses.times.importance(),
+  t0: float | None = None,
+) -> Callable[..., Any]:
+  """An autoencoder and the diffusion of its latents together; of the loss of the first the observation counts alone."""
+  return losses.lsgm(sde, autoencoding.observation, prediction, prior_weight, time, t0)
+
+
 def denoising_gan(chain: ddpm.Chain, latent_dim: int = 16, path: int = 0) -> samplers.FixedGrid:
   """The steps of a generator."""
   return samplers.denoising_gan(chain, latent_dim, path)
@@ -311,7 +323,7 @@ LOSSES: Table = {
   "ddpm_elbo": losses.ddpm_elbo,
   "ffjord": losses.ffjord,
   "classification": losses.classification,
-  "lsgm": losses.lsgm,
+  "lsgm": lsgm,
   "denoising_gan": losses.denoising_gan,
   "hybrid": losses.hybrid,
   **AUTOENCODING,

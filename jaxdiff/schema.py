@@ -28,7 +28,7 @@ from jaxdiff.training import make_optimizer
 
 Config = dict[str, Any]
 
-_FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "levels", "data_range", "t", "t1")
+_FROM_PROGRAM = ("sde", "chain", "gamma", "prediction", "autoencoding", "levels", "data_range", "t", "t1")
 _MADE_TO_MEASURE = ("parent", "name", "image_channels", "output_channels")
 _OF_SAMPLERS = ("sde", "forward", "chain", "latent_dim", "path")
 _FROM_PYTHON = (

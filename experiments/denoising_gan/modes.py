@@ -10,9 +10,7 @@ total variation between the modes' shares of the good points and 1 / 25 (data: 0
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -28,7 +26,6 @@ from jaxdiff.training.state import init_state
 from jaxdiff.training.step import make_train_step
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
 
 SPACING, STD = 2.0, 0.1
 CENTERS = SPACING * (np.indices((5, 5)).reshape(2, -1).T - 2.0)

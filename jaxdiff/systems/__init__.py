@@ -2,14 +2,20 @@
 
 diffusion      of the data themselves; also normalizing flows and classifiers of noised data
 autoencoder    variational, vector-quantized or with categorical latents
+latent         diffusion of the latents of an autoencoder, that of another run or one trained with it (LSGM)
 """
 
 from jaxdiff import schema
 from jaxdiff.schema import Config
-from jaxdiff.systems import autoencoder, diffusion
+from jaxdiff.systems import autoencoder, diffusion, latent
 from jaxdiff.systems.system import System as System
 
-_OF_KIND = {"diffusion": diffusion.SYSTEM, "classifier": diffusion.SYSTEM, "autoencoder": autoencoder.SYSTEM}
+_OF_KIND = {
+  "diffusion": diffusion.SYSTEM,
+  "classifier": diffusion.SYSTEM,
+  "autoencoder": autoencoder.SYSTEM,
+  "latent": latent.SYSTEM,
+}
 
 
 def of(config: Config) -> System:

@@ -197,11 +197,10 @@ def _of_gaussian(made: coding.Coding, settings: Any) -> Callable[..., Any]:
     return LogProb(value, z, none, Status(none, none, none), jnp.zeros_like(value))
 
   prior = flow.LogDensity(None, jnp.zeros(()), divergence.exact(), density)
-  fn = likelihood.latent_ode(prior, observation.log_prob, settings.draws, settings.importance)
+  fn = likelihood.latent_ode(prior, observation, settings.draws, settings.importance)
 
   def bound(key: Keys, x: Any, network: Any) -> Any:
-    encode = jax.tree_util.Partial(lambda encode, x: encode(observation.to_state(x)), network.encode)
-    result = fn(key, x, network._replace(encode=encode), None)
+    result = fn(key, x, network, None)
     return result.value, result.draw_error, result.status.code
 
   return bound

@@ -1,0 +1,37 @@
+"""Digits, 8x8: a diffusion of the latents of an autoencoder that was trained before, configs/vae_digits.py.
+
+jaxdiff train --config=configs/vae_digits.py --workdir=runs/vae_digits
+jaxdiff train --config=configs/latent_digits.py --workdir=runs/latent_digits
+jaxdiff sample --workdir=runs/latent_digits
+jaxdiff likelihood --workdir=runs/latent_digits
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+  config.data = ConfigDict({"type": "digits", "held_out": 360, "seed": 0})
+  config.autoencoder = ConfigDict({"workdir": "runs/vae_digits"})
+  config.sde = ConfigDict({"type": "VP", "beta_min": 0.1, "beta_max": 20.0})
+  config.prediction = ConfigDict({"type": "edm", "sigma_data": 1.0})
+  config.loss = ConfigDict({"type": "denoising", "weight": {"type": "likelihood"}, "time": {"type": "importance"}})
+  config.network = ConfigDict(
+    {"type": "UNet", "channels": 32, "channel_multipliers": (1, 2), "blocks": 1, "max_frequency": 10.0}
+  )
+  config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100})
+  config.train = ConfigDict(
+    {
+      "batch_size": 128,
+      "steps": 2000,
+      "ema_decay": 0.998,
+      "log_every": 25,
+      "checkpoint_every": 1000,
+      "sample_every": 1000,
+    }
+  )
+  config.sampler = ConfigDict({"type": "dpm_solver_pp", "grid": {"steps": 20, "kind": "log_snr"}, "denoise": True})
+  config.sample = ConfigDict({"num": 100, "batch_size": 100, "seed": 0})
+  config.likelihood = ConfigDict({"split": "test", "batch_size": 120, "rtol": 1e-4, "atol": 1e-4, "seed": 0})
+  return config
