@@ -177,9 +177,9 @@ def make_prediction(config: Config) -> Any:
   return schema.component("prediction", config["prediction"])
 
 
-def make_network(config: Config) -> Any:
-  """The linen module."""
-  conditions = {name: made.module for name, made in make_conditions(config).items()}
+def make_network(config: Config, told: Mapping[str, Any] = MappingProxyType({})) -> Any:
+  """The linen module; `told` are modules of conditions, by name, that no config names."""
+  conditions = {name: made.module for name, made in make_conditions(config).items()} | dict(told)
   given = {"conditions": conditions} if conditions else {}
   made = schema.component("network", config["network"], parent=None, name=None, **given)
   if not 0 <= getattr(made, "dropout", 0.0) < 1:
@@ -326,7 +326,7 @@ def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -
   """
   section = config["likelihood"]
   schema.check_section("likelihood", section)
-  trace = _make_trace(section["divergence"], seen) if "divergence" in section else None
+  trace = make_trace(section["divergence"], seen) if "divergence" in section else None
   taken = {"divergence", *options.likelihood_fields(section)}
   fields = {name: value for name, value in section.items() if name not in taken}
   if options.is_flow(config):
@@ -340,7 +340,8 @@ def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -
   return dataclasses.replace(made, evaluate=lambda key, x, *rest: made.evaluate(key, x.astype(jnp.float64), *rest))
 
 
-def _make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergence:
+def make_trace(section: Config, seen: jax.Array | None) -> divergence.Divergence:
+  """The trace estimator, fitted to data that the model has seen where it needs them."""
   (constructor,) = schema.constructors("likelihood.divergence", section)
   takes = inspect.signature(constructor).parameters
   return schema.component("likelihood.divergence", section, **({"seen": seen} if "seen" in takes else {}))

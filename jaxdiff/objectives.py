@@ -244,7 +244,8 @@ def _make_bits(config: Config, log_prob: likelihood.LogDensity, levels: Any, kin
 
 def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[str, Config]:
   """What `make_log_likelihood` computes: a sentence, and all the settings it depends on."""
-  flow, facts = flow_in_words(config, params, source.shape)
+  log_prob = factory.make_log_prob(config, factory.make_process(config, params))
+  flow, facts = flow_in_words(config, log_prob, source.shape)
   kind = facts["dequantization"] = dequantization(config, source)
   if kind is None:
     return f"nats, log-density of the model at t0, no bound: {flow}", facts
@@ -254,10 +255,9 @@ def likelihood_statement(config: Config, params: Any, source: Source) -> tuple[s
   return f"bits/dim, upper bound on -log2 P(x) / d, dequantization: {by}{draws}; {flow}", facts
 
 
-def flow_in_words(config: Config, params: Any, shape: tuple[int, ...]) -> tuple[str, Config]:
+def flow_in_words(config: Config, log_prob: likelihood.LogDensity, shape: tuple[int, ...]) -> tuple[str, Config]:
   """How a log-density of states of this shape is evaluated: in words, and all settings it depends on."""
-  facts = factory.likelihood_facts(config, math.prod(shape))
-  facts |= {"t0": float(factory.make_log_prob(config, factory.make_process(config, params)).t0)}
+  facts = factory.likelihood_facts(config, math.prod(shape)) | {"t0": float(log_prob.t0)}
   return (
     f"probability flow from t0 = {facts['t0']:.3g}, {_trace_in_words(facts['divergence'])}, {facts['solver']}, rtol "
     f"{facts['rtol']:g}, atol {facts['atol']:g}, {facts['dtype']}"

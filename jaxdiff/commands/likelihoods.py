@@ -94,7 +94,8 @@ def _other(config: Config, split: str, held_out: Source) -> Source:
 def _evaluate(model: _Model, source: Source, name: str) -> tuple[dict[str, np.ndarray], Config]:
   """The values of all examples, and a report that lacks their mean."""
   config, system = model.config, systems.of(model.config)
-  assert system.log_likelihood is not None, "a config with a section likelihood is of a system that has one"
+  assert system.log_likelihood is not None  # a config with a section likelihood is of a system that has one
+  assert system.statement is not None
   one_batch = system.log_likelihood(config, model.params, source, model.seen)
   statement, facts = system.statement(config, model.params, source)
   values = _in_chunks(model, source, one_batch, name, {field: facts[field] for field in facts if field not in _FREE})

@@ -3,11 +3,13 @@
 diffusion      of the data themselves; also normalizing flows and classifiers of noised data
 autoencoder    variational, vector-quantized or with categorical latents
 latent         diffusion of the latents of an autoencoder, that of another run or one trained with it (LSGM)
+gan            a generator of few large steps and its discriminator
+augmented      diffusion of data with velocities beside them (CLD)
 """
 
 from jaxdiff import schema
 from jaxdiff.schema import Config
-from jaxdiff.systems import autoencoder, diffusion, latent
+from jaxdiff.systems import augmented, autoencoder, diffusion, gan, latent
 from jaxdiff.systems.system import System as System
 
 _OF_KIND = {
@@ -15,6 +17,8 @@ _OF_KIND = {
   "classifier": diffusion.SYSTEM,
   "autoencoder": autoencoder.SYSTEM,
   "latent": latent.SYSTEM,
+  "gan": gan.SYSTEM,
+  "augmented": augmented.SYSTEM,
 }
 
 

@@ -247,7 +247,6 @@ SYSTEM = System(
   decode=_decode,
   log_likelihood=_log_likelihood,
   statement=_statement,
-  bound=None,
   row="model, variational bound",
   reconstruct=_reconstruct,
   limits=_limits,

@@ -213,7 +213,8 @@ def _bound(config: Config, params: Any, source: Source, draws: int) -> Evaluatio
 
 
 def _statement(config: Config, params: Any, source: Source) -> tuple[str, Config]:
-  words, facts = objectives.flow_in_words(config, params, _shape(config, source))
+  log_prob = factory.make_log_prob(config, factory.make_process(config))
+  words, facts = objectives.flow_in_words(config, log_prob, _shape(config, source))
   settings = options.likelihood(config)
   how = "importance-weighted" if settings.importance else "averaged"
   draws = f"{settings.draws} draws of the posterior" + (f" {how}" if settings.draws > 1 else "")

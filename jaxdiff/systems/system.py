@@ -47,9 +47,9 @@ class System(NamedTuple):
   score: Callable[[Config], Callable[[Any], Any]]
   sampler: Callable[..., Callable[..., Any]]
   decode: Callable[[Config], Decode | None]
-  log_likelihood: Callable[..., Evaluation] | None
-  statement: Callable[..., tuple[str, Config]]
-  bound: Callable[..., Evaluation] | None
+  log_likelihood: Callable[..., Evaluation] | None = None
+  statement: Callable[..., tuple[str, Config]] | None = None
+  bound: Callable[..., Evaluation] | None = None
   row: str = "model"
   reconstruct: Callable[[Config, Source], Reconstruct] | None = None
   limits: Callable[[Config, Source], Mapping[str, float]] = lambda config, source: {}

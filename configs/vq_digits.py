@@ -1,0 +1,40 @@
+"""Digits, 8x8: vector quantization to 4 x 4 codes of 32, moving averages of what the encoder gives.
+
+jaxdiff train --config=configs/vq_digits.py --workdir=runs/vq_digits
+jaxdiff likelihood --workdir=runs/vq_digits
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+  config.data = ConfigDict({"type": "digits", "held_out": 360, "seed": 0})
+  config.network = ConfigDict(
+    {
+      "type": "VQVAE",
+      "channels": 32,
+      "channel_multipliers": (1, 2),
+      "blocks": 1,
+      "codes": 32,
+      "code_channels": 8,
+      "groups": 8,
+      "attention": False,
+    }
+  )
+  config.loss = ConfigDict({"type": "vq", "observation": "categorical", "decay": 0.99, "revive_below": 0.003})
+  config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100})
+  config.train = ConfigDict(
+    {
+      "batch_size": 128,
+      "steps": 1000,
+      "ema_decay": 0.998,
+      "log_every": 25,
+      "checkpoint_every": 500,
+      "sample_every": 500,
+    }
+  )
+  config.sample = ConfigDict({"num": 100, "batch_size": 100, "seed": 0})
+  config.likelihood = ConfigDict({"split": "test", "batch_size": 120, "seed": 0})
+  return config
