@@ -200,10 +200,11 @@ def _cholesky(tau: Array, gamma: Array, root: Array) -> Float[Array, "... 2 2"]:
   near, far = jnp.where(small, tau, 0), jnp.where(small, 1, tau)
   decay = jnp.exp(-z)
   of_small = lambda value, otherwise: jnp.where(small, value, otherwise / far**2)
-  position = of_small(8 * near * decay * _series(2 * near), 1 - decay * (1 + z + z**2 / 2))
-  start = of_small(8 * near * _series(-2 * near), z**2 / 2 - z + 1 - decay)
+  rising, falling, ahead, behind = _series(jnp.stack([2 * near, -2 * near, near, -near]))
+  position = of_small(8 * near * decay * rising, 1 - decay * (1 + z + z**2 / 2))
+  start = of_small(8 * near * falling, z**2 / 2 - z + 1 - decay)
   # 2 e^-tau (sinh tau - tau), the factor of the determinant that is small.
-  slow = of_small(near * jnp.exp(-tau) * (_series(near) + _series(-near)), 1 - decay - z * jnp.exp(-tau))
+  slow = of_small(near * jnp.exp(-tau) * (ahead + behind), 1 - decay - z * jnp.exp(-tau))
   determinant = slow * (z * jnp.exp(-tau) - jnp.expm1(-z)) + gamma * decay * start
   variance = jnp.maximum(position + gamma * decay, jnp.finfo(tau.dtype).tiny)  # 0 at tau = 0 from a given u
   covariance = decay * (z + gamma * (1 - tau))
