@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
       "log_every": 25,
       "checkpoint_every": 500,
       "sample_every": 500,
+      "validate_every": 250,
+      "validate_examples": 360,
     }
   )
   config.sampler = ConfigDict({"type": "sscs", "grid": {"steps": 100, "kind": "quadratic"}})

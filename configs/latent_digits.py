@@ -28,7 +28,9 @@ def get_config() -> ConfigDict:
       "ema_decay": 0.998,
       "log_every": 25,
       "checkpoint_every": 1000,
-      "sample_every": 1000,
+      "sample_every": 500,
+      "validate_every": 250,
+      "validate_examples": 360,
     }
   )
   config.sampler = ConfigDict({"type": "dpm_solver_pp", "grid": {"steps": 20, "kind": "log_snr"}, "denoise": True})

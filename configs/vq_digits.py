@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
       "log_every": 25,
       "checkpoint_every": 500,
       "sample_every": 500,
+      "validate_every": 250,
+      "validate_examples": 360,
     }
   )
   config.sample = ConfigDict({"num": 100, "batch_size": 100, "seed": 0})
