@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import checks, keys
 from jaxdiff.losses.score_matching import Loss
-from jaxdiff.typing import NO_COND, Cond, Keys, Network, Scalar
+from jaxdiff.typing import NO_COND, Cond, Keys, Scalar
 
 
 def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) -> Loss:
@@ -46,7 +46,7 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
     raise ValueError(f"probability must be in [0, 1], got {probability}")
 
   def dropping(
-    key: Keys, x0: Array, network: Network, /, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
+    key: Keys, x0: Array, network: Any, /, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     keys.check(key)
     if missing := sorted(null.keys() - cond.keys()):

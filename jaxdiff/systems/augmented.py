@@ -15,6 +15,7 @@ from jaxdiff.models import conditioning
 from jaxdiff.objectives import Batch, Evaluation
 from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems.system import System
+from jaxdiff.systems.unsupported import refuse_dropout, refuse_threshold
 from jaxdiff.typing import State
 
 
@@ -22,8 +23,8 @@ def _check(config: Config) -> None:
   for path, due in (("prediction", "velocity_noise"), ("loss", "hybrid")):
     if (kind := config[path]["type"]) != due:
       raise ConfigError(f"config.{path}.type must be {due!r} for config.sde.type = 'CLD', got {kind!r}")
-  if options.sample(config).threshold != "none":
-    raise ConfigError("config.sample.threshold is of processes without velocities: leave it out")
+  refuse_threshold(config)
+  refuse_dropout(config)
   if (kind := options.likelihood(config).dequantization) not in ("auto", "uniform"):
     raise ConfigError(f"config.likelihood.dequantization must be 'uniform' for config.sde.type = 'CLD', got {kind!r}")
   trace = config["likelihood"].get("divergence", {})

@@ -20,6 +20,7 @@ from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems import coding
 from jaxdiff.systems.groups import partitioned
 from jaxdiff.systems.system import Decode, Reconstruct, System
+from jaxdiff.systems.unsupported import refuse_threshold
 from jaxdiff.training.codebook import moving_average
 from jaxdiff.typing import Keys, LogProb, Sample, State, Status
 
@@ -35,8 +36,7 @@ def _check(config: Config) -> None:
     raise ConfigError(f"config.likelihood.{foreign[0]} is of diffusions, and this is an autoencoder: leave it out")
   if options.likelihood(config).importance and config["loss"]["type"] != "vae":
     raise ConfigError("config.likelihood.importance is of config.loss.type = 'vae': leave it out")
-  if options.sample(config).threshold != "none":
-    raise ConfigError("config.sample.threshold is of diffusions: leave it out")
+  refuse_threshold(config)
   _check_discriminator(config)
 
 
@@ -64,10 +64,16 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
   if "discriminator" in config:
     name = "discriminator_optimizer" if "discriminator_optimizer" in config else "optimizer"
     optimizers["discriminator"] = factory.make_optimizer_of(config, name)
-  if (loss := schema.resolved("loss", config["loss"])).get("codebook") == "ema":
+  if _has_averages(config):
+    loss = schema.resolved("loss", config["loss"])
     fields = {name: loss[name] for name in ("decay", "revive_below")}
     optimizers["codebook"] = schema.construct(moving_average, fields, "loss")
   return partitioned(optimizers, usual="autoencoder")
+
+
+def _has_averages(config: Config) -> bool:
+  """Whether the codes of a codebook are moving averages."""
+  return schema.resolved("loss", config["loss"]).get("codebook") == "ema"
 
 
 def _objective(config: Config, source: Source, training: bool = True) -> Callable[..., Any]:
@@ -75,7 +81,7 @@ def _objective(config: Config, source: Source, training: bool = True) -> Callabl
   made, settings = coding.make(config, source), options.train(config)
   loss = _with_patches(config, made) if training and "discriminator" in config else made.made.loss
   takes = inspect.signature(made.made.loss).parameters.keys() & {"step", "index", "global_batch"}
-  to_bits = coding.bits_per_dim(source)
+  to_bits, averaged = coding.bits_per_dim(source), training and _has_averages(config)
 
   def objective(params: Any, key: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     flip_key, loss_key = keys.split(key)
@@ -92,7 +98,7 @@ def _objective(config: Config, source: Source, training: bool = True) -> Callabl
       value, aux = loss(loss_key, x, network, **more)
     if source.levels is not None:
       aux = aux | {"bits_per_dim": to_bits * aux["nats"]}
-    if training and "codebook" in params["autoencoder"] and "index" in more:
+    if averaged:
       counts = params["autoencoder"]["codebook"]["counts"]
       used = jnp.where(jnp.sum(counts) > 0, quantization.perplexity(jnp.maximum(counts, 1e-30)), 1.0)
       aux = aux | {"perplexity": jnp.full(len(x), used)}

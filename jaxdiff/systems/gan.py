@@ -15,6 +15,7 @@ from jaxdiff.objectives import Batch
 from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems.groups import partitioned
 from jaxdiff.systems.system import System
+from jaxdiff.systems.unsupported import refuse_dropout, refuse_threshold
 
 _BLOWN_UP = 1e3  # either loss, a few nats where all is well
 
@@ -30,8 +31,10 @@ def _check(config: Config) -> None:
       "config.discriminator.type = 'PatchDiscriminator' knows no steps: take 'StepDiscriminator' for images, "
       "'VectorDiscriminator' for points"
     )
-  if options.sample(config).threshold != "none":
-    raise ConfigError("config.sample.threshold is of scores, and a denoising diffusion GAN has none: leave it out")
+  refuse_threshold(config)
+  refuse_dropout(config)
+  if options.train(config).drop_conditions:
+    raise ConfigError("config.train.drop_conditions is for guidance, which a GAN has not: leave it out")
   options.check_seed("seed", config["seed"])
   for build in (_generator, _discriminator, _loss, _optimizer, options.train, options.evaluate):
     build(config)

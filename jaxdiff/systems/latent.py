@@ -33,6 +33,7 @@ from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems import coding, pretrained
 from jaxdiff.systems.groups import partitioned
 from jaxdiff.systems.system import Decode, Reconstruct, System
+from jaxdiff.systems.unsupported import refuse_dropout, refuse_threshold
 
 _BLOWN_UP = 1e3, 1e6  # nats of the cross-entropy, and of the reconstruction, for a dimension of the data
 
@@ -64,8 +65,8 @@ def _check(config: Config) -> None:
   _make_loss(config, None)
   if factory.learned(config) is not None or options.is_flow(config):
     raise ConfigError("config.sde of latents must be a process without learned parts")
-  if options.sample(config).threshold != "none":
-    raise ConfigError("config.sample.threshold is of data in [-1, 1], which latents are not: leave it out")
+  refuse_threshold(config)
+  refuse_dropout(config)
   settings, trace = options.likelihood(config), config["likelihood"].get("divergence", {})
   if settings.dequantization != "auto":
     raise ConfigError("config.likelihood.dequantization is of diffusions of the data: leave it out")
