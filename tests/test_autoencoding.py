@@ -214,12 +214,17 @@ def test_the_vq_bound_is_above_the_likelihood_of_all_codes():
   np.testing.assert_allclose(value, aux["nats"] + 0.7 * distance, rtol=1e-5)
 
 
-def test_statistics_add_exactly_nothing_to_the_loss():
+def test_statistics_add_exactly_nothing_to_the_loss_nor_to_the_gradient_of_the_encoder():
   x, z, vectors, decode = vq_case()
-  network = vq_network(z, {"vectors": vectors, "counts": vectors[:, 0], "sums": 3 * vectors}, decode)
+  codebook = {"vectors": vectors, "counts": vectors[:, 0], "sums": 3 * vectors}
   loss = losses.vq(observations.gaussian(STD))
-  training = {"step": jnp.int32(3), "index": jnp.arange(4), "global_batch": 4}
-  plain, known = loss(jax.random.key(0), x, network), loss(jax.random.key(0), x, network, **training)
+  training = {"step": jnp.int32(3), "index": jnp.arange(4, dtype=jnp.int32), "global_batch": 4}
+
+  def total(z, given):
+    value, aux = loss(jax.random.key(0), x, vq_network(z, codebook, decode), **given)
+    return value.sum(), (value, aux)
+
+  plain, known = (jax.value_and_grad(total, has_aux=True)(z, given) for given in ({}, training))
   jax.tree.map(np.testing.assert_array_equal, plain, known)
 
 
@@ -245,6 +250,8 @@ def test_wrong_use_is_refused():
     losses.gumbel(gaussian)(key, x, DiscreteAutoencoder(lambda x: x[..., None], lambda p: p[..., 0]))
   with pytest.raises(ValueError, match="codebook must be one of 'ema', 'loss', got 'adam'"):
     losses.vq(gaussian, codebook="adam")
+  with pytest.raises(TypeError, match="temperature must be a function of the step, got 0.5: for one that stays take"):
+    losses.gumbel(gaussian, temperature=0.5)
   two = vq_network(x[..., None], {"vectors": jnp.zeros((2, 1))})
   with pytest.raises(ValueError, match="step, index and global_batch belong together"):
     losses.vq(gaussian)(key, x, two, step=jnp.int32(0))

@@ -45,7 +45,9 @@ def test_public_names_of_the_design_exist():
     "guidance.interval guidance.autoguidance guidance.composed inverse.pigdm inverse.dps inverse.projected "
     "inverse.repaint inverse.inpainting inverse.colorization inverse.super_resolution inverse.deblurring "
     "editing.sdedit editing.exchange editing.interpolation editing.panorama editing.cascade losses.noised_condition "
-    "predictions.velocity predictions.score predictions.edm schedules.Gamma typing.Sample typing.LogProb"
+    "predictions.velocity predictions.score predictions.edm schedules.Gamma typing.Sample typing.LogProb "
+    "typing.Autoencoder losses.vae losses.gumbel losses.vq losses.observations.discretized quantization.nearest "
+    "quantization.gumbel_max quantization.perplexity"
   )
   for name in names.split():
     assert operator.attrgetter(name)(jd) is not None

@@ -106,6 +106,11 @@ def gumbel(
   """
   check(observation, beta=beta)
   checks.made("temperature", temperature)
+  if not callable(temperature):
+    raise TypeError(
+      f"temperature must be a function of the step, got {temperature!r}: for one that stays take "
+      "quantization.annealed(first=t, last=t)"
+    )
 
   def loss(
     key: Keys,

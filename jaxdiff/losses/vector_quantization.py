@@ -49,7 +49,7 @@ def vq(
 
   Args:
     observation: p(x | output of the decoder), of `losses.observations`.
-    beta: the weight of the commitment; the loss depends little on it where the codes follow the encoder.
+    beta: the weight of the commitment.
     codebook: how the codes are trained: "ema", their gradients are the statistics for `training.moving_average`, and
       the codebook has "counts" and "sums"; "loss", by (3), with any optimizer.
 
@@ -133,5 +133,5 @@ def _places(
 ) -> tuple[Int[Array, " {codes}"], Int[Array, " {codes}"]]:
   """The example and the position that every code's candidate comes from at this step."""
   of_example, of_position = jax.random.split(jax.random.fold_in(jax.random.key(_SEED), step))
-  draw = lambda key, size: jax.random.randint(key, (codes,), 0, size)
+  draw = lambda key, size: jax.random.randint(key, (codes,), 0, size, jnp.int32)
   return draw(of_example, global_batch), draw(of_position, positions)

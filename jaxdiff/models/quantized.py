@@ -47,8 +47,9 @@ class VQVAE(nn.Module):
 
   Example:
     >>> net, x = VQVAE(channels=8, channel_multipliers=(1, 2), blocks=1, codes=16, groups=4), jnp.ones((2, 8, 8, 3))
-    >>> variables = jax.jit(net.init)(jax.random.key(0), x)
-    >>> net.apply(variables, x, method="encode").shape, variables["codebook"]["vectors"].shape
+    >>> variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    >>> encode = lambda variables, x: net.apply(variables, x, method="encode")
+    >>> jax.eval_shape(encode, variables, x).shape, variables["codebook"]["vectors"].shape
     ((2, 4, 4, 16), (16, 16))
   """
 
@@ -121,9 +122,10 @@ class GumbelVAE(nn.Module):
 
   Example:
     >>> net, x = GumbelVAE(channels=8, channel_multipliers=(1, 2), blocks=1, codes=16, groups=4), jnp.ones((2, 8, 8, 3))
-    >>> params = jax.jit(net.init)(jax.random.key(0), x)
-    >>> logits = net.apply(params, x, method="encode")
-    >>> logits.shape, net.apply(params, jax.nn.softmax(logits), method="decode").shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x)
+    >>> encode, decode = (lambda v, x, name=name: net.apply(v, x, method=name) for name in ("encode", "decode"))
+    >>> logits = jax.eval_shape(encode, params, x)
+    >>> logits.shape, jax.eval_shape(decode, params, logits).shape
     ((2, 4, 4, 16), (2, 8, 8, 3))
   """
 
