@@ -24,11 +24,14 @@ from jaxdiff.systems.unsupported import refuse_threshold
 from jaxdiff.training.codebook import moving_average
 from jaxdiff.typing import Keys, LogProb, Sample, State, Status
 
-_BLOWN_UP = 1e3, 1e6  # nats of the KL, and of the reconstruction, for a dimension of the data
+_BLOWN_UP = 1e3, 1e6  # of the KL or the commitment, and of the reconstruction, for a dimension of the data
 
 
 def _check(config: Config) -> None:
   coding.check(config)
+  loss = schema.resolved("loss", config["loss"])
+  if (codes := config["network"].get("codes", 2)) * loss.get("revive_below", 0.0) >= 1:
+    raise ConfigError(f"config.loss.revive_below = {loss['revive_below']}: must be below 1 / {codes}, an equal share")
   options.check_seed("seed", config["seed"])
   for build in (_optimizer, options.train, options.sample, options.evaluate, options.likelihood):
     build(config)
@@ -238,7 +241,8 @@ def _statement(config: Config, params: Any, source: Source) -> tuple[str, Config
 
 def _limits(config: Config, source: Source) -> dict[str, float]:
   dimension = source.gather([0])["x"][0].size
-  return {"kl": _BLOWN_UP[0] * dimension, "reconstruction": _BLOWN_UP[1] * dimension}
+  regular = "commitment" if config["loss"]["type"] == "vq" else "kl"
+  return {regular: _BLOWN_UP[0] * dimension, "reconstruction": _BLOWN_UP[1] * dimension}
 
 
 SYSTEM = System(

@@ -227,6 +227,8 @@ def _statement(config: Config, params: Any, source: Source) -> tuple[str, Config
 
 
 def _limits(config: Config, source: Source) -> Mapping[str, float]:
+  if not _is_joint(config):
+    return {}
   dimension = source.gather([0])["x"][0].size
   return {"cross_entropy": _BLOWN_UP[0] * dimension, "reconstruction": _BLOWN_UP[1] * dimension}
 
