@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
   config.network = ConfigDict(
     {
       "type": "GumbelVAE",
-      "channels": 32,
+      "channels": 16,
       "channel_multipliers": (1, 2),
       "blocks": 1,
       "codes": 32,
@@ -23,17 +23,17 @@ def get_config() -> ConfigDict:
       "attention": False,
     }
   )
-  config.loss = ConfigDict({"type": "gumbel", "observation": "categorical", "annealing_steps": 1000})
+  config.loss = ConfigDict({"type": "gumbel", "observation": "categorical", "annealing_steps": 600})
   config.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 100})
   config.train = ConfigDict(
     {
       "batch_size": 128,
-      "steps": 1000,
+      "steps": 600,
       "ema_decay": 0.998,
       "log_every": 25,
-      "checkpoint_every": 500,
-      "sample_every": 500,
-      "validate_every": 250,
+      "checkpoint_every": 300,
+      "sample_every": 300,
+      "validate_every": 100,
       "validate_examples": 360,
     }
   )

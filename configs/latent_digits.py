@@ -24,10 +24,10 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     {
       "batch_size": 128,
-      "steps": 2000,
+      "steps": 1000,
       "ema_decay": 0.998,
       "log_every": 25,
-      "checkpoint_every": 1000,
+      "checkpoint_every": 500,
       "sample_every": 500,
       "validate_every": 250,
       "validate_examples": 360,

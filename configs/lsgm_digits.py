@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     {
       "network": {
         "type": "AutoencoderKL",
-        "channels": 32,
+        "channels": 16,
         "channel_multipliers": (1, 2),
         "blocks": 1,
         "latent_channels": 4,
@@ -36,12 +36,12 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     {
       "batch_size": 128,
-      "steps": 2000,
+      "steps": 800,
       "ema_decay": 0.998,
       "log_every": 25,
-      "checkpoint_every": 1000,
-      "sample_every": 500,
-      "validate_every": 250,
+      "checkpoint_every": 400,
+      "sample_every": 400,
+      "validate_every": 100,
       "validate_examples": 360,
     }
   )
