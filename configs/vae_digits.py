@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     {
       "batch_size": 128,
-      "steps": 600,
+      "steps": 1000,
       "ema_decay": 0.998,
       "log_every": 25,
       "checkpoint_every": 300,

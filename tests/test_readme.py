@@ -40,6 +40,9 @@ def test_the_program_of_the_readme_runs(capsys, tmp_path):
   assert np.all(np.asarray(names["restored"].x)[:, known] == 0)
   assert np.all(np.isfinite(names["restored"].x))
   assert names["edited"].nfe[0] == 12 * 2
+  in_bits = names["in_bits"]
+  np.testing.assert_allclose(in_bits.value, in_bits.reconstruction + in_bits.prior - in_bits.entropy, rtol=1e-5)
+  assert names["positions"].shape == (8, 2)
 
 
 def test_every_file_that_the_readme_names_exists():
