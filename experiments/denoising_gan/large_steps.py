@@ -2,7 +2,7 @@
 
     python experiments/denoising_gan/large_steps.py [--out FOLDER]
 
-Data are five Gaussians on a line, one axis of the grid of modes.py. For times s < t of `jd.VP()` with a = alpha_t /
+Data are five Gaussians of standard deviation 0.1 on a line, 2 apart. For times s < t of `jd.VP()` with a = alpha_t /
 alpha_s and beta = sigma_t^2 - a^2 sigma_s^2,
 
     q(x_s | x_t) ~ N(x_t; a x_s, beta) sum_k N(x_s; alpha_s m_k, v),     v = alpha_s^2 std^2 + sigma_s^2             (1)
