@@ -15,16 +15,16 @@ def get_config() -> ConfigDict:
   config.sde = ConfigDict({"type": "DDPM", "steps": 4, "schedule": "vp"})
   config.prediction = ConfigDict({"type": "data"})
   config.loss = ConfigDict({"type": "denoising_gan", "latent_dim": 16, "r1": 0.05, "r1_every": 16})
-  config.network = ConfigDict({"type": "UNet", "channels": 32, "channel_multipliers": (1, 2), "blocks": 1})
-  config.discriminator = ConfigDict({"type": "StepDiscriminator", "channels": 32, "channel_multipliers": (1, 2)})
-  config.optimizer = ConfigDict({"learning_rate": 5e-4, "warmup_steps": 100, "b1": 0.5, "b2": 0.9, "clip_norm": None})
+  config.network = ConfigDict({"type": "UNet", "channels": 16, "channel_multipliers": (1, 2), "blocks": 1})
+  config.discriminator = ConfigDict({"type": "StepDiscriminator", "channels": 32, "channel_multipliers": (1, 2, 4)})
+  config.optimizer = ConfigDict({"learning_rate": 1e-3, "warmup_steps": 100, "b1": 0.0, "b2": 0.9, "clip_norm": None})
   config.discriminator_optimizer = ConfigDict(
-    {"learning_rate": 4e-4, "warmup_steps": 100, "b1": 0.5, "b2": 0.9, "clip_norm": None}
+    {"learning_rate": 2e-3, "warmup_steps": 100, "b1": 0.0, "b2": 0.9, "clip_norm": None}
   )
   config.train = ConfigDict(
     {
-      "batch_size": 128,
-      "steps": 2500,
+      "batch_size": 64,
+      "steps": 5000,
       "ema_decay": 0.998,
       "log_every": 25,
       "checkpoint_every": 500,
