@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from oracles import mixture
 from phase import errors, phase_gaussian, sampled_moments
 
 import jaxdiff as jd
+from jaxdiff.models import MLP
 
 KEY, DATA, T0 = jax.random.key(0), phase_gaussian(), 0.05
 SDE = jd.CLD(gamma=0.25)
@@ -154,6 +157,40 @@ def test_the_flow_carries_the_prior_to_the_data(x64):
   np.testing.assert_allclose(matrix @ np.asarray(start) @ np.moveaxis(matrix, -1, -2), cov, atol=1e-6)
   np.testing.assert_allclose(np.einsum("dij,dj->di", matrix, first) + ends[0], mean, atol=1e-6)
   np.testing.assert_allclose(jax.jit(lambda u: flow.forward(KEY, u, field).x)(ends), unit, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_network_trained_by_hybrid_score_matching_samples_a_mixture():
+  """1500 steps of an MLP, 25 evaluations of splitting and the denoiser: weights of the components within 0.03 (a
+  standard error of 4000 samples is 0.008), deviations 0.2 within 15% where Euler-Maruyama is off by more."""
+  data, sde, model, optimizer = mixture(), jd.CLD(), MLP(64, 2), optax.adam(optax.cosine_decay_schedule(3e-3, 1500))
+  apply, loss = jd.cld.on_channels(model.apply), jd.losses.hybrid(sde)
+
+  def step(carry, key):
+    params, state = carry
+    data_key, loss_key = jax.random.split(key)
+    x = data.sample(data_key, 512)
+    gradient = jax.grad(lambda p: loss(loss_key, x, lambda u, t: apply(p, u, t))[0].mean())(params)
+    updates, state = optimizer.update(gradient, state)
+    return (optax.apply_updates(params, updates), state), None
+
+  params = jax.jit(model.init)(KEY, jnp.zeros((1, 4)), jnp.zeros(1))
+  train = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0])
+  score = jd.cld.score_fn(apply, train(params, jax.random.split(jax.random.key(1), 1500)), sde)
+  ts = jd.cld.time_grid(sde, 25)
+
+  def off(sampler):
+    u = sampler(jax.random.key(3), sde.prior_sample(jax.random.key(2), (4000, 2, 2)), score)
+    x = np.asarray(score.denoised(u.x, ts[-1]))
+    nearest = np.linalg.norm(x[:, None] - data.means, axis=-1).argmin(axis=1)
+    stds = np.stack([x[nearest == k].std(axis=0) for k in range(3)])
+    return np.abs(np.bincount(nearest, minlength=3) / 4000 - data.weights).max(), np.abs(stds / data.std - 1)
+
+  weights, stds = jax.tree.map(np.asarray, off(jd.samplers.sscs(sde, ts)))
+  assert weights < 0.03
+  assert np.all(stds < 0.15)
+  assert np.all(off(jd.samplers.reverse_sde(sde, ts))[1] > 0.15)
 
 
 @pytest.mark.parametrize(
