@@ -40,7 +40,6 @@ def get_config() -> ConfigDict:
       "divergence": {"type": "hutchinson", "probes": 1},
       "rtol": 1e-4,
       "atol": 1e-4,
-      "bound_draws": 0,
       "seed": 0,
     }
   )

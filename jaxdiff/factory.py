@@ -27,7 +27,7 @@ from jaxdiff.schema import ConfigError as ConfigError
 MODEL_SECTIONS = ("data", "sde", "prediction", "network", "autoencoder")
 TRAINING_SECTIONS = ("seed", *MODEL_SECTIONS, "loss", "discriminator", "optimizer", "discriminator_optimizer")
 _DECIDING_TRAIN_FIELDS = ("batch_size", "steps", "ema_decay", "ema_lengths", "random_flip", "drop_conditions")
-_LARGEST_SIGNAL_AT_PRIOR = 0.05
+LARGEST_SIGNAL_AT_PRIOR = 0.05
 _LOOKED_AT = 4096  # examples whose conditions are checked before any work
 
 
@@ -164,10 +164,10 @@ def _check_process(process: sde.ScalarSDE) -> None:
     raise ConfigError(f"config.sde: the log-SNR must be finite and fall with time, got {snr[[0, -1]]} from {process}")
   if not (np.isfinite(diffusion).all() and (diffusion > 0).all() and float(process.diffusion(0.0)) >= 0):
     raise ConfigError(f"config.sde: the diffusion g(t) must be positive, it is not for {process}: check the signs")
-  if (signal := np.exp(0.5 * snr[-1])) > _LARGEST_SIGNAL_AT_PRIOR:
+  if (signal := np.exp(0.5 * snr[-1])) > LARGEST_SIGNAL_AT_PRIOR:
     warnings.warn(
       f"config.sde: alpha / sigma is {signal:.2g} at t1, so noised data do not match the prior; choose values with at "
-      f"most {_LARGEST_SIGNAL_AT_PRIOR}, got {process}",
+      f"most {LARGEST_SIGNAL_AT_PRIOR}, got {process}",
       stacklevel=1,
     )
 

@@ -186,7 +186,11 @@ def in_precision(config: Config, params: Any) -> tuple[Config, Any]:
   if likelihood(config).dtype == "float32":
     return config, params
   wide = lambda leaf: np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-  return config | {"network": config["network"] | {"dtype": "float64"}}, jax.tree.map(wide, params)
+  config = config | {"network": config["network"] | {"dtype": "float64"}}
+  if "autoencoder" in config:
+    inner = config["autoencoder"]["network"] | {"dtype": "float64"}
+    config = config | {"autoencoder": config["autoencoder"] | {"network": inner}}
+  return config, jax.tree.map(wide, params)
 
 
 def _check_split(config: Config, path: str, split: str) -> None:

@@ -10,10 +10,10 @@
 one-hot of (4).
 
 References:
-  van den Oord et al. 2017, Neural Discrete Representation Learning, Section 3.1, for (1), (2); Bengio et al. 2013,
-  Estimating or Propagating Gradients Through Stochastic Neurons, for (2); Maddison et al. 2014, A* Sampling, Section 2,
-  for (4); Jang et al. 2017, Categorical Reparameterization with Gumbel-Softmax, and Maddison et al. 2017, The Concrete
-  Distribution, for (5).
+  van den Oord et al. 2017, Neural Discrete Representation Learning, Sections 3.1 and 3.2, for (1), (2); Bengio et al.
+  2013, Estimating or Propagating Gradients Through Stochastic Neurons, for (2); Maddison et al. 2014, A* Sampling,
+  Section 2, for (4); Jang et al. 2017, Categorical Reparameterization with Gumbel-Softmax, and Maddison et al. 2017,
+  The Concrete Distribution, for (5).
 """
 
 import math
@@ -53,7 +53,9 @@ def nearest(z: Float[Array, "*p d"], vectors: Float[Array, "K d"]) -> Int[Array,
     [1, 0]
   """
   check_codes(vectors.shape[0])
-  # |z|^2 is the same for all codes.
+  # |z|^2 is the same for all codes; around their mean no digits are lost to what all have in common.
+  middle = jnp.mean(vectors, axis=0)
+  vectors, z = vectors - middle[None], z - middle.reshape((1,) * (z.ndim - 1) + (-1,))
   products = jnp.einsum("...d,kd->...k", z, vectors, precision="highest")
   squares = jnp.sum(vectors**2, axis=1).reshape((1,) * (z.ndim - 1) + (-1,))
   return jnp.argmin(squares - 2 * products, axis=-1).astype(jnp.int32)

@@ -36,10 +36,8 @@ def test_every_channel_has_the_outputs_beside_it():
   x = jnp.array([[[0, 4], [1, 2], [3, 3]]] * 2)
   for kind, observation in made().items():
     put = output(observation, 2)
-    if kind == "categorical":
-      parts = [put[..., :LEVELS], put[..., LEVELS:]]
-    else:
-      parts = [put[..., [0, 2]], put[..., [1, 3]]]  # mean, log std
+    mean_and_log_std = [put[..., [0, 2]], put[..., [1, 3]]]
+    parts = [put[..., :LEVELS], put[..., LEVELS:]] if kind == "categorical" else mean_and_log_std
     apart = sum(observation.log_prob(x[..., i : i + 1], part) for i, part in enumerate(parts))
     np.testing.assert_allclose(observation.log_prob(x, put), apart, rtol=1e-5)
     np.testing.assert_allclose(observation.image(put)[..., 1:], observation.image(parts[1]), rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Nearest codes, straight-through gradients, perplexity, and samples of categorical codes against their probabilities."""
+"""Nearest codes, straight-through gradients, perplexity, and samples of categorical codes and their probabilities."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +79,10 @@ def test_the_largest_entry_of_a_relaxed_sample_is_a_sample_at_any_temperature(lo
 
 
 def test_relaxed_samples_tend_to_one_hot_and_to_uniform(logits):
-  """The gap of the two largest perturbed logits has a bounded density at 0, so the distance falls like the temperature."""
+  """The gap of the two largest perturbed logits has a bounded density at 0: the distance falls like the temperature."""
   sample = jax.jit(quantization.gumbel_softmax)
   away = [float(jnp.mean(1 - sample(jax.random.key(2), logits, t).max(-1))) for t in (0.1, 0.01, 0.001)]
-  for coarse, fine in zip(away, away[1:], strict=False):
+  for coarse, fine in itertools.pairwise(away):
     assert 8 < coarse / fine < 12.5
   np.testing.assert_allclose(sample(jax.random.key(2), logits, 1e4), 0.2, atol=1e-3)
 
@@ -131,3 +133,12 @@ def test_wrong_use_is_refused():
       quantization.annealed(**wrong)
   with pytest.raises(ValueError, match="steps must be at least 1"):
     quantization.annealed(steps=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_what_all_vectors_have_in_common_costs_no_digits(offset):
+  rng = np.random.default_rng(0)
+  z, vectors = rng.normal(size=(500, 8)) + offset, rng.normal(size=(16, 8)) + offset
+  z, vectors = (value.astype(np.float32) for value in (z, vectors))
+  distances = np.sum((z[:, None].astype(np.float64) - vectors.astype(np.float64)) ** 2, axis=-1)
+  np.testing.assert_array_equal(quantization.nearest(jnp.asarray(z), jnp.asarray(vectors)), distances.argmin(axis=1))

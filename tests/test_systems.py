@@ -160,10 +160,56 @@ def test_the_latent_objective_is_the_library_loss_of_posterior_draws():
   np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_positions_are_the_samples_of_a_diffusion_with_velocities():
-  state = jnp.arange(12.0).reshape(2, 3, 2)
-  decode = systems.of(config_of("cld_digits")).decode(None)
-  np.testing.assert_array_equal(decode(None, state), cld.split(state)[0])
+def test_samples_of_a_diffusion_with_velocities_are_denoised_positions():
+  """The exact score of N(0, I): the last state ends at E[x_0 | u], counted as one more evaluation."""
+  config = config_of("cld_digits")
+  system = systems.of(config)
+  process, key = system.process(config), jax.random.key(0)
+  score = cld.score_fn(lambda params, u, t: 0.3 * u[..., 1], None, process)
+  u = process.prior_sample(key, (4, 3, 2))
+  sampler = system.sampler(config, process)
+  plain, sample = sampler.sampler(key, u, score), sampler(key, u, score, {})
+  x = system.decode(config)(None, sample.x)
+  np.testing.assert_allclose(x, score.denoised(plain.x, sampler.ts[-1]), rtol=1e-6)
+  assert (sample.nfe - plain.nfe).tolist() == [1] * 4
+
+
+def test_a_process_with_velocities_that_keeps_the_data_is_told():
+  with pytest.warns(UserWarning, match="data over noise is 1.3 at t1, so noised data do not match the prior"):
+    systems.check(config_of("cld_digits", sde__beta=0.5))
+
+
+FLOATS = from_arrays(RNG.normal(size=(BATCH, 8, 8, 1)).astype(np.float32))
+CONTINUOUS = {
+  "vae_digits": {"loss": {"type": "vae", "observation": "gaussian", "std": 1.0}, "likelihood__draws": 2},
+  "lsgm_digits": {"autoencoder__loss": {"type": "vae", "observation": "gaussian", "std": 1.0}},
+  "cld_digits": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_bounds_of_continuous_data_are_lower_bounds_in_nats(name):
+  """Of data N(0, I): below their true log p but by chance, and not far, for networks that start as normals."""
+  config = config_of(name, **CONTINUOUS[name])
+  config["likelihood"] |= {} if name == "vae_digits" else {"rtol": 1e-2, "atol": 1e-2}
+  system = systems.of(config)
+  params = system.init_params(config, FLOATS)
+  batch = {n: jnp.asarray(value) for n, value in FLOATS.gather(np.arange(BATCH)).items()}
+  values = system.log_likelihood(config, params, FLOATS)(params, jd.example_keys(jax.random.key(0), 0, BATCH), batch)
+  exact = -0.5 * np.sum(np.asarray(batch["x"]) ** 2, axis=(1, 2, 3)) - 32 * np.log(2 * np.pi)
+  gap = exact - np.asarray(values["value"])
+  statement, facts = system.statement(config, params, FLOATS)
+  assert statement.startswith("nats, lower bound on log p(x)")
+  assert facts["dequantization"] is None
+  assert -2 < gap.mean() < {"vae_digits": 100, "lsgm_digits": 100, "cld_digits": 150}[name]
+
+
+def test_statements_name_the_trace_that_is_taken():
+  """Of 64 positions it is exact, though a state has 128 numbers."""
+  config = config_of("cld_digits", likelihood__divergence=None)
+  statement, _ = systems.of(config).statement(config, None, IMAGES)
+  assert "exact trace" in statement
 
 
 @pytest.mark.parametrize(
@@ -202,6 +248,22 @@ def test_positions_are_the_samples_of_a_diffusion_with_velocities():
     ("ddgan_digits", {"likelihood": {}}, "config.likelihood is no part of a denoising diffusion GAN"),
     ("ddgan_digits", {"discriminator__type": "PatchDiscriminator"}, "'PatchDiscriminator' knows no steps"),
     ("cld_digits", {"sde__mass": -1.0}, "config.sde: CLD needs positive, finite numbers"),
+    ("cld_digits", {"loss__weight": {"type": "likelihood"}}, "config.loss.weight does not go with CLD"),
+    ("cld_digits", {"loss__time": {"type": "importance"}}, "config.loss.time does not go with CLD"),
+    (
+      "lsgm_digits",
+      {"loss__prior_weight": {"type": "velocity_likelihood"}},
+      "config.loss.prior_weight does not go with VP",
+    ),
+    (
+      "lsgm_digits",
+      {"autoencoder__loss__beta": 0.1},
+      "config.loss.beta is no setting of an autoencoder that is trained by",
+    ),
+    ("vae_digits", {"loss__patch_start": 1}, "config.loss.patch_start is no setting of an autoencoder without"),
+    ("vq_digits", {"loss__codebook": "loss"}, "config.loss.decay is no setting of codes that are trained by the loss"),
+    ("vae_digits", {"likelihood__bound_draws": 4}, "config.likelihood.bound_draws is no setting of an autoencoder"),
+    ("ddgan_digits", {"prediction__log_snr_time": True}, "config.prediction.log_snr_time is no setting of a denoising"),
     ("cld_digits", {"prediction": {"type": "noise"}}, "config.prediction.type must be 'velocity_noise'"),
     ("cld_digits", {"sampler__type": "dpm_solver_pp"}, "config.sampler"),
     (

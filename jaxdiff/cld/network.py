@@ -10,7 +10,7 @@ where e is the output of the network or, mixed, the output and what e is for dat
 
     e = output + L_vv (C_xx v - C_xv x) / det C,    C = L L^T + m m^T                                                (3)
 
-Near the data L_vv goes as sqrt t, where the deviation of a scalar process goes as t: a milder score.
+Near the data L_vv goes as sqrt t, as the deviation of VP does, where L_xx goes as t.
 
 References:
   Dockhorn, Vahdat & Kreis 2022, Score-Based Generative Modeling with Critically-Damped Langevin Diffusion, Section 3.2

@@ -12,7 +12,7 @@ both in closed form; the reconstruction is estimated by one sample z of an examp
 
 References:
   Kingma and Welling 2014, Auto-Encoding Variational Bayes, eq. 3 and Appendix B; Higgins et al. 2017, beta-VAE, for
-  beta; Jang et al. 2017, Categorical Reparameterization with Gumbel-Softmax, Section 3.
+  beta; Jang et al. 2017, Categorical Reparameterization with Gumbel-Softmax.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,9 @@
     1/2 w(t) |e(u_t, t) - eps_v|^2,    u_t = m x_0 + L eps                                                          (1)
 
 summed over the dimensions; e is what the network says of the noise, `cld.velocity_noise`. Denoising score matching of
-u_t given both x_0 and v_0 has the same minimizer, -L_vv times the score of the velocity, but unbounded targets near
-t = 0, where u_t is almost known; here the velocity keeps the spread it has at the start.
+u_t given both x_0 and v_0 has the same score for its minimizer, from targets that are up to 2 / sqrt 3 times as large
+near t = 0, and that depend on v_0, which nothing has to learn. Targets of the score itself, -eps_v / L_vv, grow without
+bound towards t = 0 in both: there x_t betrays the velocity.
 
 References:
   Dockhorn, Vahdat & Kreis 2022, Score-Based Generative Modeling with Critically-Damped Langevin Diffusion, Section 3.2.

@@ -1,22 +1,24 @@
 """Diffusions with velocities (CLD): states are positions, which are the data, and velocities beside them."""
 
+import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdiff import cld, factory, keys, likelihood, losses, objectives, options, schema
+from jaxdiff import cld, factory, keys, likelihood, losses, objectives, options, samplers, schema
 from jaxdiff.data.examples import Source
 from jaxdiff.data.transforms import random_flip
 from jaxdiff.models import conditioning
 from jaxdiff.objectives import Batch, Evaluation
 from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems.system import System
-from jaxdiff.systems.unsupported import refuse_dropout, refuse_threshold
-from jaxdiff.typing import State
+from jaxdiff.systems.unsupported import refuse_dropout, refuse_fields, refuse_threshold, try_on
+from jaxdiff.typing import Cond, Keys, Sample, State
 
 
 def _check(config: Config) -> None:
@@ -25,6 +27,7 @@ def _check(config: Config) -> None:
       raise ConfigError(f"config.{path}.type must be {due!r} for config.sde.type = 'CLD', got {kind!r}")
   refuse_threshold(config)
   refuse_dropout(config)
+  refuse_fields(config, "likelihood", "a diffusion with velocities, which has no such bound", "bound_draws")
   if (kind := options.likelihood(config).dequantization) not in ("auto", "uniform"):
     raise ConfigError(f"config.likelihood.dequantization must be 'uniform' for config.sde.type = 'CLD', got {kind!r}")
   trace = config["likelihood"].get("divergence", {})
@@ -37,11 +40,24 @@ def _check(config: Config) -> None:
   builds = (factory.make_network, factory.make_optimizer_of, options.train, options.evaluate, _loss, _log_density)
   for build in builds:
     build(config)
-  factory.make_sampler(config, process)
+  _sampler(config, process)
+  _warn_of_signal(process)
 
 
 def _process(config: Config, params: Any = None) -> cld.CLD:
   return factory.make_forward(config)
+
+
+def _warn_of_signal(process: cld.CLD) -> None:
+  """Warn of a process whose end is not its prior."""
+  mean, cholesky = process.given_position(process.t1)
+  signal = float(jnp.abs(mean).max() / cholesky[0, 0])
+  if signal > factory.LARGEST_SIGNAL_AT_PRIOR:
+    warnings.warn(
+      f"config.sde: data over noise is {signal:.2g} at t1, so noised data do not match the prior; choose a larger "
+      f"beta / sqrt(mass), with at most {factory.LARGEST_SIGNAL_AT_PRIOR}, got {process}",
+      stacklevel=1,
+    )
 
 
 def _init_params(config: Config, source: Source) -> Any:
@@ -61,7 +77,9 @@ def _loss(config: Config) -> tuple[losses.Loss, bool]:
   section = config["loss"]
   weight = schema.component("loss.weight", section.get("weight", {"type": "noise"}))
   time = schema.component("loss.time", section.get("time", {"type": "uniform"}))
-  given = {"sde": _process(config), "mixed": factory.make_prediction(config).mixed, "weight": weight, "time": time}
+  process = _process(config)
+  try_on(process, time=time, weight=weight)
+  given = {"sde": process, "mixed": factory.make_prediction(config).mixed, "weight": weight, "time": time}
   return schema.component("loss", section, **given), time.stratified
 
 
@@ -88,6 +106,27 @@ def _score(config: Config) -> Callable[[Any], Any]:
   return lambda params: cld.score_fn(apply, params, process, mixed)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Denoising:
+  """A sampler whose last positions become what the model takes for the data, at one more evaluation."""
+
+  sampler: Any
+
+  @property
+  def ts(self) -> jax.Array:
+    return self.sampler.ts
+
+  def __call__(self, key: Keys, state: State, score: Any, cond: Cond) -> Sample:
+    sample = self.sampler(key, state, score, cond)
+    _, velocity = cld.split(sample.x)
+    last = cld.join(score.denoised(sample.x, self.ts[-1], **cond), velocity)
+    return samplers.fixed_grid.replace_last(sample, last, 1)
+
+
+def _sampler(config: Config, process: Any, **more: Any) -> _Denoising:
+  return _Denoising(factory.make_sampler(config, process, **more))
+
+
 def _log_density(config: Config) -> likelihood.LogDensity:
   """log p(x, v) - log q(v) at a velocity that is drawn."""
   section = config["likelihood"]
@@ -95,7 +134,10 @@ def _log_density(config: Config) -> likelihood.LogDensity:
   trace = factory.make_trace(fields.pop("divergence"), None) if "divergence" in fields else None
   if foreign := sorted(fields.keys() - inspect.signature(likelihood.augmented).parameters.keys()):
     raise ConfigError(f"config.likelihood.{foreign[0]} is of processes without velocities: leave it out")
-  return schema.construct(likelihood.augmented, fields, "likelihood", sde=_process(config), divergence=trace)
+  made = schema.construct(likelihood.augmented, fields, "likelihood", sde=_process(config), divergence=trace)
+  if options.likelihood(config).dtype == "float32":
+    return made
+  return dataclasses.replace(made, evaluate=lambda key, x, *rest: made.evaluate(key, x.astype(jnp.float64), *rest))
 
 
 def _log_likelihood(config: Config, params: Any, source: Source, seen: Any = None) -> Evaluation:
@@ -119,7 +161,7 @@ def _log_likelihood(config: Config, params: Any, source: Source, seen: Any = Non
 
 
 def _statement(config: Config, params: Any, source: Source) -> tuple[str, Config]:
-  words, facts = objectives.flow_in_words(config, _log_density(config), (*source.shape, 2))
+  words, facts = objectives.flow_in_words(config, _log_density(config), source.shape)  # the trace goes by positions
   how = "importance-weighted" if facts["importance"] else "averaged"
   draws = f"{facts['draws']} draw" + (f"s, {how}" if facts["draws"] > 1 else "")
   if source.levels is None:
@@ -137,7 +179,7 @@ SYSTEM = System(
   process=_process,
   shape=lambda config, source: (*source.shape, 2),
   score=_score,
-  sampler=factory.make_sampler,
+  sampler=_sampler,
   decode=lambda config: lambda params, state: cld.split(state)[0],
   log_likelihood=_log_likelihood,
   statement=_statement,

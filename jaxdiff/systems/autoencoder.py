@@ -1,6 +1,7 @@
 """Autoencoders: trained by a bound, which is their likelihood; samples are decoded draws of the prior.
 
-With a section `discriminator` the reconstructions are to pass for real before it, patch by patch.
+With a section `discriminator` the reconstructions are to pass for real before it, patch by patch. Where codes are
+moving averages the metric `grad_norm` has their statistics in it, which travel as gradients.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems import coding
 from jaxdiff.systems.groups import partitioned
 from jaxdiff.systems.system import Decode, Reconstruct, System
-from jaxdiff.systems.unsupported import refuse_threshold
+from jaxdiff.systems.unsupported import refuse_fields, refuse_threshold
 from jaxdiff.training.codebook import moving_average
 from jaxdiff.typing import Keys, LogProb, Sample, State, Status
 
@@ -29,8 +30,13 @@ _BLOWN_UP = 1e3, 1e6  # of the KL or the commitment, and of the reconstruction, 
 
 def _check(config: Config) -> None:
   coding.check(config)
+  refuse_fields(config, "likelihood", "an autoencoder, which has one bound", "bound_draws", "dequantization")
+  if "discriminator" not in config:
+    refuse_fields(config, "loss", "an autoencoder without a config.discriminator", "patch_weight", "patch_start")
   loss = schema.resolved("loss", config["loss"])
-  if (codes := config["network"].get("codes", 2)) * loss.get("revive_below", 0.0) >= 1:
+  if loss.get("codebook") == "loss":
+    refuse_fields(config, "loss", "codes that are trained by the loss", "decay", "revive_below")
+  elif (codes := config["network"].get("codes", 2)) * loss.get("revive_below", 0.0) >= 1:
     raise ConfigError(f"config.loss.revive_below = {loss['revive_below']}: must be below 1 / {codes}, an equal share")
   options.check_seed("seed", config["seed"])
   for build in (_optimizer, options.train, options.sample, options.evaluate, options.likelihood):
@@ -209,7 +215,7 @@ def _of_gaussian(made: coding.Coding, settings: Any) -> Callable[..., Any]:
   fn = likelihood.latent_ode(prior, observation, settings.draws, settings.importance)
 
   def bound(key: Keys, x: Any, network: Any) -> Any:
-    result = fn(key, x, network, None)
+    result = fn(key, x, network, lambda z, t: -z)
     return result.value, result.draw_error, result.status.code
 
   return bound

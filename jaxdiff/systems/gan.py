@@ -15,7 +15,7 @@ from jaxdiff.objectives import Batch
 from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems.groups import partitioned
 from jaxdiff.systems.system import System
-from jaxdiff.systems.unsupported import refuse_dropout, refuse_threshold
+from jaxdiff.systems.unsupported import refuse_dropout, refuse_fields, refuse_threshold
 
 _BLOWN_UP = 1e3  # either loss, a few nats where all is well
 
@@ -31,6 +31,7 @@ def _check(config: Config) -> None:
       "config.discriminator.type = 'PatchDiscriminator' knows no steps: take 'StepDiscriminator' for images, "
       "'VectorDiscriminator' for points"
     )
+  refuse_fields(config, "prediction", "a denoising diffusion GAN", "log_snr_time")
   refuse_threshold(config)
   refuse_dropout(config)
   if options.train(config).drop_conditions:

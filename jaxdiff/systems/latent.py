@@ -33,7 +33,7 @@ from jaxdiff.schema import Config, ConfigError
 from jaxdiff.systems import coding, pretrained
 from jaxdiff.systems.groups import partitioned
 from jaxdiff.systems.system import Decode, Reconstruct, System
-from jaxdiff.systems.unsupported import refuse_dropout, refuse_threshold
+from jaxdiff.systems.unsupported import refuse_dropout, refuse_fields, refuse_threshold, try_on
 
 _BLOWN_UP = 1e3, 1e6  # nats of the cross-entropy, and of the reconstruction, for a dimension of the data
 
@@ -56,6 +56,8 @@ def _check(config: Config) -> None:
       f"{section['network']['type']!r}"
     )
   coding.check(section, "autoencoder.")
+  if _is_joint(config):
+    refuse_fields(section, "loss", "an autoencoder that is trained by 'lsgm'", "beta", "patch_weight", "patch_start")
   if (joint := _is_joint(config)) == ("workdir" in section):
     raise ConfigError(
       "config.loss.type = 'lsgm' trains the autoencoder of config.autoencoder.network, any other loss is of the "
@@ -122,6 +124,7 @@ def _make_loss(config: Config, made: coding.Coding | None) -> tuple[Callable[...
     return objectives.make_loss(plain)
   time = schema.component("loss.time", section.get("time", {"type": "importance"}))
   weight = schema.component("loss.prior_weight", section["prior_weight"]) if "prior_weight" in section else None
+  try_on(process, time=time, prior_weight=weight)
   autoencoding = components.vae(None, "gaussian") if made is None else made.made
   given = {"sde": process, "autoencoding": autoencoding, "prediction": prediction}
   given |= {"prior_weight": weight, "time": time}
@@ -178,7 +181,9 @@ def _reconstruct(config: Config, source: Source) -> Reconstruct:
 
 
 def _log_likelihood(config: Config, params: Any, source: Source, seen: Any = None) -> Evaluation:
-  """The bound with the density of latents under the flow: bits/dim of integers, a lower bound on log p else."""
+  """The bound with the density of latents under the flow, and its parts: costs in bits/dim of integers, less the
+  entropy; of other data lower bounds on log p in nats, and the entropy.
+  """
   made, settings, score = _coding(config, source), options.likelihood(config), _score(config)
   prior = factory.make_log_prob(config, factory.make_process(config))
   bound = schema.construct(
@@ -192,7 +197,8 @@ def _log_likelihood(config: Config, params: Any, source: Source, seen: Any = Non
 
   def run(params: Any, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     result = bound(key, batch["x"], made.network(params["autoencoder"]), score(params), cond(batch))
-    parts = {name: sign * getattr(result, name) for name in ("value", "reconstruction", "prior", "entropy")}
+    parts = {name: sign * getattr(result, name) for name in ("value", "reconstruction", "prior")}
+    parts |= {"entropy": result.entropy}
     errors = {"standard_error": result.standard_error, "dequantization_error": result.draw_error}
     return parts | errors | {"nfe": result.nfe, "code": result.status.code, "accepted": result.status.accepted}
 

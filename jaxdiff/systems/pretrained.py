@@ -39,7 +39,8 @@ def resolve(config: Config) -> Config:
       f"config.autoencoder.workdir = {section['workdir']}: the latents have the standard deviation "
       f"{float(found.std):g}, which no scale brings to 1: train it with a smaller config.loss.beta, or longer"
     )
-  network = dict(theirs["network"]) | {"scaling": float(found.scale)}
+  scaling = schema.resolved("autoencoder.network", theirs["network"])["scaling"] * float(found.scale)
+  network = dict(theirs["network"]) | {"scaling": scaling}
   parts = {"network": network, "loss": dict(theirs["loss"]), "fingerprint": _fingerprint(variables)}
   return config | {"autoencoder": {**section, **parts}}
 

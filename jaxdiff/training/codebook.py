@@ -10,14 +10,14 @@ is below a threshold r; then
 
     e_k <- c_k,   N_k <- r sum_j N_j,   M_k <- N_k e_k                                                               (2)
 
-for a random vector c_k of the batch: it lives if it gets the share r of the next batches.
+for a random vector c_k of the batch: it lives if it gets a little more than the share r of the next batches.
 
 `losses.vq` hands out -n, -m and -c as the gradients of "counts" N, "sums" M and "vectors" e, which a train step sums
 over microbatches and devices as it does with others.
 
 References:
   van den Oord et al. 2017, Neural Discrete Representation Learning, its appendix, for (1); Dhariwal et al. 2020,
-  Jukebox, Section 3.2, for random vectors of the batch in place of codes little used.
+  Jukebox, for random vectors of the batch in place of codes little used.
 """
 
 from typing import Any
