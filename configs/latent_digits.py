@@ -1,6 +1,6 @@
-"""Digits, 8x8: a diffusion of the latents of an autoencoder that was trained before, configs/vae_digits.py.
+"""Digits, 8x8: a diffusion of the latents of an autoencoder that was trained before, with a tenth of the KL.
 
-jaxdiff train --config=configs/vae_digits.py --workdir=runs/vae_digits
+jaxdiff train --config=configs/vae_digits.py --config.loss.beta=0.1 --workdir=runs/coder_digits
 jaxdiff train --config=configs/latent_digits.py --workdir=runs/latent_digits
 jaxdiff sample --workdir=runs/latent_digits
 jaxdiff likelihood --workdir=runs/latent_digits
@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
   config.data = ConfigDict({"type": "digits", "held_out": 360, "seed": 0})
-  config.autoencoder = ConfigDict({"workdir": "runs/vae_digits"})
+  config.autoencoder = ConfigDict({"workdir": "runs/coder_digits"})
   config.sde = ConfigDict({"type": "VP", "beta_min": 0.1, "beta_max": 20.0})
   config.prediction = ConfigDict({"type": "edm", "sigma_data": 1.0})
   config.loss = ConfigDict({"type": "denoising", "weight": {"type": "likelihood"}, "time": {"type": "importance"}})
@@ -35,5 +35,14 @@ def get_config() -> ConfigDict:
   )
   config.sampler = ConfigDict({"type": "dpm_solver_pp", "grid": {"steps": 20, "kind": "log_snr"}, "denoise": True})
   config.sample = ConfigDict({"num": 100, "batch_size": 100, "seed": 0})
-  config.likelihood = ConfigDict({"split": "test", "batch_size": 120, "rtol": 1e-4, "atol": 1e-4, "seed": 0})
+  config.likelihood = ConfigDict(
+    {
+      "split": "test",
+      "batch_size": 120,
+      "divergence": {"type": "hutchinson", "probes": 1},
+      "rtol": 1e-4,
+      "atol": 1e-4,
+      "seed": 0,
+    }
+  )
   return config

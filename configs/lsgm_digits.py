@@ -47,5 +47,14 @@ def get_config() -> ConfigDict:
   )
   config.sampler = ConfigDict({"type": "dpm_solver_pp", "grid": {"steps": 20, "kind": "log_snr"}, "denoise": True})
   config.sample = ConfigDict({"num": 100, "batch_size": 100, "seed": 0})
-  config.likelihood = ConfigDict({"split": "test", "batch_size": 120, "rtol": 1e-4, "atol": 1e-4, "seed": 0})
+  config.likelihood = ConfigDict(
+    {
+      "split": "test",
+      "batch_size": 120,
+      "divergence": {"type": "hutchinson", "probes": 1},
+      "rtol": 1e-4,
+      "atol": 1e-4,
+      "seed": 0,
+    }
+  )
   return config
