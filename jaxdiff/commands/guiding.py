@@ -135,6 +135,7 @@ def _other(config: Config, name: str, directory: Any) -> Config:
     raise ConfigError(f"config.guidance.{name} = {directory} is no directory of a run: it has no config.json")
   other = factory.read(path)
   schema.check_sections(other)
+  _check_kind(config, name, directory, other)
   theirs, ours = (schema.resolved("sde", made["sde"]) for made in (other, config))
   types = factory.differences(theirs["type"], ours["type"], "config.sde.type")
   if found := types or factory.differences(theirs, ours, "config.sde"):
@@ -148,6 +149,21 @@ def _other(config: Config, name: str, directory: Any) -> Config:
       "leave it out"
     )
   return other
+
+
+def _check_kind(config: Config, name: str, directory: Any, other: Config) -> None:
+  """Refuse runs without scores of the same states."""
+  ours, theirs = schema.kind(config), schema.kind(other)
+  if "sde" not in other:
+    raise ConfigError(f"config.guidance.{name} = {directory} holds an {theirs}, which has no score: take another run")
+  if name == "classifier" and ours == "latent":
+    raise ConfigError("config.guidance.classifier is of images, and this is a diffusion of latents: leave it out")
+  of = lambda side: side.get("autoencoder", {}).get("fingerprint")
+  if name == "weak" and theirs != "classifier" and (ours != theirs or of(config) != of(other)):
+    raise ConfigError(
+      f"config.guidance.weak = {directory} holds a run of the kind {theirs!r}, or of another autoencoder; this one is "
+      f"{ours!r}: take a weaker model of the same states"
+    )
 
 
 def _classifier(config: Config, directory: Any) -> Config:
@@ -238,7 +254,7 @@ def _by_classifier(config: Config, plan: Plan, other: Config, process: Any) -> C
 
 
 def _by_weaker(config: Config, plan: Plan, other: Config, process: Any) -> Callable[[Any, Any], Any]:
-  weaker, scale = factory.make_score(other), _scale(plan.settings, process)
+  weaker, scale = systems.of(other).score(other), _scale(plan.settings, process)
   names = sorted(_told_of(config).keys() - _told_of(other).keys())
 
   def led(score: Any, params: Any) -> Any:

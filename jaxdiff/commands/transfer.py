@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxdiff import arguments, factory, options, rundir, systems, training, weights
+from jaxdiff import arguments, factory, options, rundir, schema, systems, training, weights
 from jaxdiff.commands import console
 from jaxdiff.schema import Config, ConfigError
 from jaxdiff.weights import files, score_sde
@@ -141,6 +141,8 @@ def export_model(path: Path, workdir: Path, texts: Mapping[str, str]) -> None:
   if texts:
     raise ConfigError("jaxdiff export takes no settings: the model is as it was trained")
   config = factory.read(workdir / "config.json")
+  if (kind := schema.kind(config)) not in ("diffusion", "classifier"):
+    raise ConfigError(f"jaxdiff export is for diffusions of the data, and {workdir} holds a run of the kind {kind!r}")
   source, params, step = rundir.load(workdir, config)
   sections = {name: config[name] for name in ("sde", "prediction", "loss", "network")}
   about = {"data": {"name": source.name, "shape": source.shape, "levels": source.levels}, "step": step}
