@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from jaxdiff import keys, losses, quantization
+from jaxdiff import keys, latents, losses, quantization
 from jaxdiff.losses import autoencoding, observations
 from jaxdiff.typing import Autoencoder, DiscreteAutoencoder, QuantizedAutoencoder
 
@@ -96,7 +96,8 @@ def test_closed_forms_of_the_divergences(x64):
   z = mean[..., None] + np.exp(0.5 * log_variance)[..., None] * nodes
   ratio = normal(mean[..., None], np.exp(0.5 * log_variance)[..., None]).logpdf(z) - normal(0, 1).logpdf(z)
   kl = (ratio @ weights / math.sqrt(2 * math.pi)).sum(1)
-  np.testing.assert_allclose(autoencoding.gaussian_kl(jnp.asarray(mean), jnp.asarray(log_variance)), kl, rtol=1e-10)
+  posterior = latents.Posterior(jnp.asarray(mean), jnp.asarray(log_variance))
+  np.testing.assert_allclose(latents.kl(posterior), kl, rtol=1e-10)
   logits = rng.normal(size=(3, 2, 5))
   q = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   entropy = scipy.stats.entropy(q, axis=-1).sum(1)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from jaxdiff import checks, keys, quantization
+from jaxdiff import checks, keys, latents, quantization
 from jaxdiff.losses.observations import Observation
 from jaxdiff.typing import NO_COND, Autoencoder, Cond, DiscreteAutoencoder, Keys, State
 
@@ -59,10 +59,9 @@ def vae(observation: Observation, beta: float = 1.0) -> Callable[..., tuple[Floa
     key: Keys, x: Shaped[Array, "b *d"], network: Autoencoder, cond: Cond = NO_COND, u: Float[Array, " b"] | None = None
   ) -> tuple[Float[Array, " b"], Costs]:
     state = to_state(observation, x, cond, u)
-    mean, log_variance = network.encode(state)
-    noise = keys.normal(keys.per_example(key, len(x)), mean.shape, mean.dtype)
-    output = network.decode(mean + jnp.exp(0.5 * log_variance) * noise)
-    return total(-observation.log_prob(x, output), gaussian_kl(mean, log_variance), beta)
+    posterior = latents.posterior(network, state)
+    output = network.decode(latents.sample(keys.per_example(key, len(x)), posterior))
+    return total(-observation.log_prob(x, output), latents.kl(posterior), beta)
 
   return loss
 
@@ -135,11 +134,6 @@ def gumbel(
     return value, costs | level
 
   return loss
-
-
-def gaussian_kl(mean: Float[Array, "b *k"], log_variance: Float[Array, "b *k"]) -> Float[Array, " b"]:
-  """KL(N(mean, diag(exp(log_variance))) || N(0, I)) in nats."""
-  return 0.5 * jnp.sum(mean**2 + jnp.expm1(log_variance) - log_variance, axis=range(1, mean.ndim))
 
 
 def categorical_kl(logits: Float[Array, "b *p K"]) -> Float[Array, " b"]:
