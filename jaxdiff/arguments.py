@@ -292,14 +292,15 @@ def _probes(config: Config, text: str, texts: dict[str, str]) -> dict[str, str]:
 
 def _steps(config: Config) -> str:
   """The field that holds the number of steps of the config's sampler."""
-  section = config.get("sampler", {})
+  if "sampler" not in config:
+    raise ConfigError("--steps is of samplers, and there is no config.sampler: leave it out")
+  section = config["sampler"]
   fields = [*schema.subsections("sampler", section), *schema.parameters("sampler", section)]
   for path in _STEPS:
     if path.split(".")[1] in fields:
       return path
-  raise ConfigError(
-    f"--steps: {section['type']} chooses its steps by itself; set its tolerances, --config.sampler.rtol"
-  )
+  remedy = "set its tolerances, --config.sampler.rtol" if "rtol" in fields else "they are those of its training"
+  raise ConfigError(f"--steps: {section['type']} has steps of its own; {remedy}")
 
 
 def _set(config: Config, path: str, text: str) -> None:

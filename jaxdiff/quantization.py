@@ -27,7 +27,7 @@ from jaxtyping import Float, Int, Key, Real
 from jaxdiff import checks, keys
 from jaxdiff.typing import Keys, Scalar
 
-Temperature = Callable[[Int[Array, "..."]], Float[Array, "..."]]
+Temperature = Callable[[Int[Array, "..."] | int], Float[Array, "..."]]
 
 
 def nearest(z: Float[Array, "*p d"], vectors: Float[Array, "K d"]) -> Int[Array, "*p"]:
@@ -162,8 +162,8 @@ def annealed(first: float = 1.0, last: float = 0.5, steps: int = 10_000) -> Temp
   checks.whole("steps", steps, 1)
   rate = math.log(last / first)
 
-  def temperature(step: Int[Array, "..."]) -> Float[Array, "..."]:
-    part = jnp.minimum(step.astype(jnp.result_type(float)) / steps, 1)
+  def temperature(step: Int[Array, "..."] | int) -> Float[Array, "..."]:
+    part = jnp.minimum(jnp.asarray(step, jnp.result_type(float)) / steps, 1)
     return first * jnp.exp(rate * part)
 
   return temperature

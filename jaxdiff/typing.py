@@ -44,7 +44,8 @@ class Autoencoder(NamedTuple):
   both are `jax.tree_util.Partial(f, params)`.
 
   Attributes:
-    encode: `x [b, *d] -> (mean, log_variance)`, each `[b, *k]`, of the Gaussian posterior of the latents.
+    encode: `x [b, *d] -> (mean, log_variance)`, each `[b, *k]`, of the Gaussian posterior of the latents; integers are
+      at their places in the data range, floats in [-1, 1], as `losses.observations` say.
     decode: `z [b, *k] -> output [b, ...]`, the parameters of the distribution of x given z.
   """
 

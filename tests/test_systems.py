@@ -265,7 +265,7 @@ def test_statements_name_the_trace_that_is_taken():
     ("vae_digits", {"likelihood__bound_draws": 4}, "config.likelihood.bound_draws is no setting of an autoencoder"),
     ("ddgan_digits", {"prediction__log_snr_time": True}, "config.prediction.log_snr_time is no setting of a denoising"),
     ("cld_digits", {"prediction": {"type": "noise"}}, "config.prediction.type must be 'velocity_noise'"),
-    ("cld_digits", {"sampler__type": "dpm_solver_pp"}, "config.sampler"),
+    ("cld_digits", {"sampler__type": "dpm_solver_pp"}, "config.sampler.type must be 'sscs' or 'reverse_sde'"),
     (
       "cld_digits",
       {"likelihood__variable": "log_snr"},

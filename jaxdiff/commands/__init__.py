@@ -60,7 +60,9 @@ def sample(config: Config, workdir: Path) -> None:
   console.warn_far(
     source,
     drawn["x"],
-    f"try {'a lower --guidance' if plan.line() else 'more --steps'}, or --config.sample.threshold=static",
+    "train longer"
+    if schema.kind(config) != "diffusion"
+    else f"try {'a lower --guidance' if plan.line() else 'more --steps'}, or --config.sample.threshold=static",
   )
   if console.can_be_shown(source):
     beside = source if given is None or given.source is None else given.source

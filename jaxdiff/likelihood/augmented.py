@@ -141,6 +141,8 @@ def position_bound(log_prob: flow.LogDensity, draws: int = 1, importance: bool =
     (1,)
   """
   checks.made("log_prob", log_prob, flow.LogDensity)
+  if log_prob.sde is not None:
+    raise TypeError("log_prob must be what likelihood.augmented returned, got that of a process without velocities")
   checks.whole("draws", draws, 1)
   if importance and log_prob.divergence is not None:
     bits.check_exact(log_prob.divergence, "likelihood.augmented")

@@ -68,7 +68,7 @@ def latent_ode(
   """The bound with the exact density of the latents under the probability flow.
 
   Args:
-    prior: of latents: what `likelihood.log_prob` returned.
+    prior: of latents: what `likelihood.log_prob` returned. It is evaluated with the score, not with the network.
     observation: p(x | output of the decoder), of `losses.observations`.
     draws: of the posterior, K in (1), one after the other.
     importance: the logarithm of the mean weight rather than the mean of the logarithms: exact traces only.
@@ -109,7 +109,8 @@ def latent_elbo(prior: Loss, observation: Observation, draws: int = 1) -> Callab
   """The bound with that of the latents, without solves: what `losses.lsgm` trains, in expectation.
 
   Args:
-    prior: a bound on -log p(z) in nats: `losses.bound(sde, prediction)`.
+    prior: a bound on -log p(z) in nats: `losses.bound(sde, prediction)`. Nothing checks that it is one: with another
+      loss the result bounds nothing.
     observation: as in `latent_ode`.
     draws: of the posterior, each with a time and a noise of its own, the times spread evenly over the draws.
 

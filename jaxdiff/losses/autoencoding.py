@@ -20,11 +20,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 from jaxdiff import checks, keys, latents, quantization
 from jaxdiff.losses.observations import Observation
-from jaxdiff.typing import NO_COND, Autoencoder, Cond, DiscreteAutoencoder, Keys, State
+from jaxdiff.typing import NO_COND, Autoencoder, Cond, DiscreteAutoencoder, Keys, State, Step
 
 Costs = dict[str, Float[Array, " b"]]
 
@@ -117,9 +117,13 @@ def gumbel(
     network: DiscreteAutoencoder,
     cond: Cond = NO_COND,
     u: Float[Array, " b"] | None = None,
-    step: Int[Array, ""] | None = None,
+    step: Step | None = None,
   ) -> tuple[Float[Array, " b"], Costs]:
     logits = network.encode(to_state(observation, x, cond, u))
+    if isinstance(logits, tuple):
+      raise TypeError(
+        "network must be a DiscreteAutoencoder, whose encode returns logits; for (mean, log_variance) take vae"
+      )
     quantization.check_codes(logits.shape[-1])
     each = keys.per_example(key, len(x))
     if step is None:

@@ -43,7 +43,8 @@ class Observation(NamedTuple):
 def discretized(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Observation:
   """Integers under a Gaussian of the output's mean and std, by `decoders.discretized_gaussian_log_prob`.
 
-  The picture is the mean, within the data range.
+  The output is `[b, .., 2 channels]`, all means and then all logarithms of the std. The picture is the mean, within the
+  data range.
 
   Args:
     levels: how many values an integer of the data can take.
@@ -76,7 +77,7 @@ def discretized(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> O
 def categorical(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Observation:
   """Integers under the softmax of the output's logits, of which every coordinate has `levels`.
 
-  It knows no order of the levels. The picture is the mean of the levels' places. An integer outside 0..levels-1 has the
+  The output is `[b, .., channels levels]`, the logits of a channel side by side. It knows no order of the levels. The picture is the mean of the levels' places. An integer outside 0..levels-1 has the
   log-probability NaN.
 
   Args:

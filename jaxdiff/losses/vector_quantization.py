@@ -24,7 +24,7 @@ References:
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def vq(
   Args:
     observation: p(x | output of the decoder), of `losses.observations`.
     beta: the weight of the commitment.
-    codebook: how the codes are trained: "ema", their gradients are the statistics for `training.moving_average`, and
+    codebook: how the codes are trained: "ema", their gradients are the statistics for `jaxdiff.training.codebook.moving_average`, and
       the codebook has "counts" and "sums"; "loss", by (3), with any optimizer.
 
   Returns:
@@ -87,7 +87,9 @@ def vq(
     index: Int[Array, " b"] | None = None,
     global_batch: int | None = None,
   ) -> tuple[Float[Array, " b"], Costs]:
+    checks.made("network", network, QuantizedAutoencoder)
     z = network.encode(to_state(observation, x, cond, u))
+    _check_codebook(network.codebook, z, averaged=codebook == "ema" and step is not None)
     vectors = network.codebook["vectors"].astype(z.dtype)
     codes = quantization.nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(vectors))
     quantized = vectors[codes]
@@ -106,6 +108,19 @@ def vq(
     return value, {"reconstruction": reconstruction, "nats": bound, "commitment": commitment}
 
   return loss
+
+
+def _check_codebook(codebook: Any, z: Array, averaged: bool) -> None:
+  due = ("vectors", "counts", "sums") if averaged else ("vectors",)
+  if not isinstance(codebook, Mapping) or any(name not in codebook for name in due):
+    raise ValueError(
+      f"network.codebook must be a dict of {', '.join(due)}, got {type(codebook).__name__}: see models.VQVAE"
+    )
+  if codebook["vectors"].shape[-1] != z.shape[-1]:
+    raise ValueError(
+      f"network.codebook['vectors'] must have the width of what encode returns, {z.shape[-1]}; got the shape "
+      f"{codebook['vectors'].shape}"
+    )
 
 
 def _statistics(

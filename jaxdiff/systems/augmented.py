@@ -25,6 +25,8 @@ def _check(config: Config) -> None:
   for path, due in (("prediction", "velocity_noise"), ("loss", "hybrid")):
     if (kind := config[path]["type"]) != due:
       raise ConfigError(f"config.{path}.type must be {due!r} for config.sde.type = 'CLD', got {kind!r}")
+  if (kind := config["sampler"]["type"]) not in ("sscs", "reverse_sde"):
+    raise ConfigError(f"config.sampler.type must be 'sscs' or 'reverse_sde' for config.sde.type = 'CLD', got {kind!r}")
   refuse_threshold(config)
   refuse_dropout(config)
   refuse_fields(config, "likelihood", "a diffusion with velocities, which has no such bound", "bound_draws")
@@ -163,7 +165,7 @@ def _log_likelihood(config: Config, params: Any, source: Source, seen: Any = Non
 def _statement(config: Config, params: Any, source: Source) -> tuple[str, Config]:
   words, facts = objectives.flow_in_words(config, _log_density(config), source.shape)  # the trace goes by positions
   how = "importance-weighted" if facts["importance"] else "averaged"
-  draws = f"{facts['draws']} draw" + (f"s, {how}" if facts["draws"] > 1 else "")
+  draws = "one draw" if facts["draws"] == 1 else f"{facts['draws']} draws, {how},"
   if source.levels is None:
     between = f"nats, lower bound on log p(x), E log p(x, v) + H(v): {draws} of velocities"
     return f"{between}; {words}", facts | {"dequantization": None}

@@ -38,11 +38,11 @@ def _check(config: Config) -> None:
     refuse_fields(config, "loss", "codes that are trained by the loss", "decay", "revive_below")
   elif (codes := config["network"].get("codes", 2)) * loss.get("revive_below", 0.0) >= 1:
     raise ConfigError(f"config.loss.revive_below = {loss['revive_below']}: must be below 1 / {codes}, an equal share")
+  if foreign := sorted(config["likelihood"].keys() - options.likelihood_fields(config["likelihood"])):
+    raise ConfigError(f"config.likelihood.{foreign[0]} is of diffusions, and this is an autoencoder: leave it out")
   options.check_seed("seed", config["seed"])
   for build in (_optimizer, options.train, options.sample, options.evaluate, options.likelihood):
     build(config)
-  if foreign := sorted(config["likelihood"].keys() - options.likelihood_fields(config["likelihood"])):
-    raise ConfigError(f"config.likelihood.{foreign[0]} is of diffusions, and this is an autoencoder: leave it out")
   if options.likelihood(config).importance and config["loss"]["type"] != "vae":
     raise ConfigError("config.likelihood.importance is of config.loss.type = 'vae': leave it out")
   refuse_threshold(config)

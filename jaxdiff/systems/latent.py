@@ -50,6 +50,11 @@ def _check(config: Config) -> None:
         f"config.autoencoder.{part} is missing: give config.autoencoder.workdir, the run of an autoencoder, or the "
         "sections network and loss of one to be trained with config.loss.type = 'lsgm'"
       )
+  if (joint := _is_joint(config)) == ("workdir" in section):
+    raise ConfigError(
+      "config.loss.type = 'lsgm' trains the autoencoder of config.autoencoder.network, any other loss is of the "
+      f"latents of config.autoencoder.workdir; got {config['loss']['type']!r} {'with' if joint else 'without'} it"
+    )
   if section["network"]["type"] != "AutoencoderKL":
     raise ConfigError(
       f"config.autoencoder.network.type must be 'AutoencoderKL', whose latents are Gaussian; got "
@@ -58,11 +63,6 @@ def _check(config: Config) -> None:
   coding.check(section, "autoencoder.")
   if _is_joint(config):
     refuse_fields(section, "loss", "an autoencoder that is trained by 'lsgm'", "beta", "patch_weight", "patch_start")
-  if (joint := _is_joint(config)) == ("workdir" in section):
-    raise ConfigError(
-      "config.loss.type = 'lsgm' trains the autoencoder of config.autoencoder.network, any other loss is of the "
-      f"latents of config.autoencoder.workdir; got {config['loss']['type']!r} {'with' if joint else 'without'} it"
-    )
   factory.check_components(config)
   _make_loss(config, None)
   if factory.learned(config) is not None or options.is_flow(config):
@@ -224,7 +224,7 @@ def _statement(config: Config, params: Any, source: Source) -> tuple[str, Config
   words, facts = objectives.flow_in_words(config, log_prob, _shape(config, source))
   settings = options.likelihood(config)
   how = "importance-weighted" if settings.importance else "averaged"
-  draws = f"{settings.draws} draws of the posterior" + (f" {how}" if settings.draws > 1 else "")
+  draws = "one draw of the posterior" if settings.draws == 1 else f"{settings.draws} draws of the posterior, {how}"
   between = f"encoder entropy, decoder, and of the latents the {words}; {draws}"
   facts |= {"autoencoder": schema.resolved("autoencoder.loss", config["autoencoder"]["loss"])}
   if source.levels is None:

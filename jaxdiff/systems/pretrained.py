@@ -69,7 +69,10 @@ def _read(directory: Any) -> tuple[Config, Any]:
   folder = Path(directory)
   path = folder / "config.json"
   if not path.is_file():
-    raise ConfigError(f"config.autoencoder.workdir = {folder} is no directory of a run: it has no config.json")
+    raise ConfigError(
+      f"config.autoencoder.workdir = {folder} is no directory of a run: it has no config.json. Train one there, "
+      "or bring it back: jaxdiff train --config=configs/vae_digits.py --config.loss.beta=0.1 --workdir=DIR"
+    )
   config = factory.read(path)
   schema.check_sections(config)
   if config["network"]["type"] != "AutoencoderKL":
