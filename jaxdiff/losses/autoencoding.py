@@ -121,9 +121,7 @@ def gumbel(
   ) -> tuple[Float[Array, " b"], Costs]:
     logits = network.encode(to_state(observation, x, cond, u))
     if isinstance(logits, tuple):
-      raise TypeError(
-        "network must be a DiscreteAutoencoder, whose encode returns logits; for (mean, log_variance) take vae"
-      )
+      raise TypeError("network must be a DiscreteAutoencoder, whose encode returns logits; of a pair take losses.vae")
     quantization.check_codes(logits.shape[-1])
     each = keys.per_example(key, len(x))
     if step is None:

@@ -77,8 +77,8 @@ def discretized(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> O
 def categorical(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Observation:
   """Integers under the softmax of the output's logits, of which every coordinate has `levels`.
 
-  The output is `[b, .., channels levels]`, the logits of a channel side by side. It knows no order of the levels. The picture is the mean of the levels' places. An integer outside 0..levels-1 has the
-  log-probability NaN.
+  The output is `[b, .., channels levels]`, the logits of a channel side by side. It knows no order of the levels. The
+  picture is the mean of the levels' places. An integer outside 0..levels-1 has the log-probability NaN.
 
   Args:
     levels: how many values an integer of the data can take.

@@ -50,8 +50,8 @@ def vq(
   Args:
     observation: p(x | output of the decoder), of `losses.observations`.
     beta: the weight of the commitment.
-    codebook: how the codes are trained: "ema", their gradients are the statistics for `jaxdiff.training.codebook.moving_average`, and
-      the codebook has "counts" and "sums"; "loss", by (3), with any optimizer.
+    codebook: how the codes are trained: "ema", their gradients are the statistics for `moving_average` of
+      `jaxdiff.training.codebook`, and the codebook has "counts" and "sums"; "loss", by (3), with any optimizer.
 
   Returns:
     loss(key, x, network, cond={}, u=None, step=None, index=None, global_batch=None) -> (loss [b], aux). `network` is a
@@ -113,13 +113,10 @@ def vq(
 def _check_codebook(codebook: Any, z: Array, averaged: bool) -> None:
   due = ("vectors", "counts", "sums") if averaged else ("vectors",)
   if not isinstance(codebook, Mapping) or any(name not in codebook for name in due):
+    raise ValueError(f"network.codebook must be a dict of {', '.join(due)}, as models.VQVAE has it")
+  if (shape := codebook["vectors"].shape)[-1] != z.shape[-1]:
     raise ValueError(
-      f"network.codebook must be a dict of {', '.join(due)}, got {type(codebook).__name__}: see models.VQVAE"
-    )
-  if codebook["vectors"].shape[-1] != z.shape[-1]:
-    raise ValueError(
-      f"network.codebook['vectors'] must have the width of what encode returns, {z.shape[-1]}; got the shape "
-      f"{codebook['vectors'].shape}"
+      f"network.codebook['vectors'] must be as wide as what encode returns, [K, {z.shape[-1]}]; got the shape {shape}"
     )
 
 

@@ -44,6 +44,8 @@ def _is_joint(config: Config) -> bool:
 
 def _check(config: Config) -> None:
   section = config["autoencoder"]
+  if (kind := config["loss"]["type"]) in components.AUTOENCODING:
+    raise ConfigError(f"config.loss.type = {kind!r} is of autoencoders; of latents take 'denoising' or 'lsgm'")
   for part in ("network", "loss"):
     if section.get(part) is None:
       raise ConfigError(
