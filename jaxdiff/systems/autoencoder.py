@@ -31,6 +31,8 @@ _BLOWN_UP = 1e3, 1e6  # of the KL or the commitment, and of the reconstruction, 
 def _check(config: Config) -> None:
   coding.check(config)
   refuse_fields(config, "likelihood", "an autoencoder, which has one bound", "bound_draws", "dequantization")
+  if config["loss"]["type"] == "vq":
+    refuse_fields(config, "likelihood", "vector quantization, which draws nothing", "draws")
   if "discriminator" not in config:
     refuse_fields(config, "loss", "an autoencoder without a config.discriminator", "patch_weight", "patch_start")
   loss = schema.resolved("loss", config["loss"])
