@@ -49,9 +49,9 @@ def test_public_names_of_the_design_exist():
     "editing.sdedit editing.exchange editing.interpolation editing.panorama editing.cascade losses.noised_condition "
     "predictions.velocity predictions.score predictions.edm schedules.Gamma typing.Sample typing.LogProb "
     "typing.Autoencoder losses.vae losses.gumbel losses.vq losses.observations.discretized quantization.nearest "
-    "quantization.gumbel_max quantization.perplexity losses.lsgm losses.LatentModel losses.Players losses.denoising_gan "
-    "losses.patch_adversarial samplers.denoising_gan ddpm.vp_betas mixed_score latents.statistics likelihood.latent_ode "
-    "likelihood.latent_elbo"
+    "quantization.gumbel_max quantization.perplexity losses.lsgm losses.LatentModel losses.Players mixed_score "
+    "losses.denoising_gan losses.patch_adversarial samplers.denoising_gan ddpm.vp_betas latents.statistics "
+    "likelihood.latent_ode likelihood.latent_elbo"
   )
   for name in names.split():
     assert operator.attrgetter(name)(jd) is not None
