@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from jaxdiff import arguments, cli, factory, keys, objectives, options, rundir
+from jaxdiff import arguments, cli, factory, keys, objectives, options, rundir, systems
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.evaluation import chunks, comparison, densities, runs
 
@@ -297,7 +297,8 @@ def test_a_value_that_is_not_finite_has_failed(continuous, capsys, monkeypatch):
     names = ("standard_error", "dequantization_error", "nfe", "code", "accepted")
     return lambda params, key, batch: {"value": zeros(batch) / zeros(batch), **{name: zeros(batch) for name in names}}
 
-  monkeypatch.setattr(objectives, "make_log_likelihood", broken)
+  system = systems.diffusion.SYSTEM._replace(log_likelihood=broken)
+  monkeypatch.setattr(systems, "of", lambda config: system)
   assert "is not finite" in fails(1, capsys, f"--workdir={continuous}", "--seed=9")
   assert result(continuous)[0]["failed"] == 24
 

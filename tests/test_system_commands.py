@@ -55,10 +55,11 @@ def picture(path):
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_config_trains_samples_and_bounds(name, tmp_path, capsys):
   more = ("--config.autoencoder.network.channels=8",) if name == "lsgm_digits" else ()
+  more += ("--config.train.validate_every=0",) if name in ("lsgm_digits", "cld_digits") else ()  # to compile less
   train(name, tmp_path, *more)
   losses = read_metrics(tmp_path / "metrics.jsonl")
   assert [np.isfinite(r["loss"]) for r in losses if "loss" in r] == [True, True]
-  assert any("validation_loss" in record for record in losses)
+  assert any("validation_loss" in record for record in losses) == (name not in ("lsgm_digits", "cld_digits"))
   assert picture(tmp_path / "samples" / "00000002.png").std() > 1
   if name != "cld_digits":  # rows of images above what became of them
     assert picture(tmp_path / "reconstructions" / "00000002.png").std() > 1
