@@ -15,7 +15,7 @@ import pytest
 from exact_runs import LABEL, MEANS, SPREAD, TEXT, classifier_config, config_of, make_run, write_data
 
 import jaxdiff as jd
-from jaxdiff import cli, factory, objectives
+from jaxdiff import cli, factory, systems
 from jaxdiff.commands import guiding
 from jaxdiff.evaluation import runs
 
@@ -247,7 +247,8 @@ def test_a_likelihood_is_without_guidance(folder, capsys, monkeypatch):
   def stop(*arguments):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(objectives, "make_log_likelihood", stop)
+  system = systems.of(config)._replace(log_likelihood=stop)
+  monkeypatch.setattr(systems, "of", lambda config: system)
   with pytest.raises(SystemExit):
     cli.main(["likelihood", f"--workdir={folder / 'labels'}", f"--config={file}"])
   assert "config.guidance is of samples: the likelihood is that of the model without it" in capsys.readouterr().err
