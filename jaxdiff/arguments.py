@@ -300,7 +300,7 @@ def _steps(config: Config) -> str:
     if path.split(".")[1] in fields:
       return path
   remedy = "set its tolerances, --config.sampler.rtol" if "rtol" in fields else "they are those of its training"
-  raise ConfigError(f"--steps: {section['type']} has steps of its own; {remedy}")
+  raise ConfigError(f"--steps: {section['type']} chooses its steps by itself; {remedy}")
 
 
 def _set(config: Config, path: str, text: str) -> None:

@@ -330,7 +330,7 @@ def make_log_prob(config: Config, process: Any, seen: jax.Array | None = None) -
   taken = {"divergence", *options.likelihood_fields(section)}
   fields = {name: value for name, value in section.items() if name not in taken}
   if options.is_flow(config):
-    if foreign := sorted(fields.keys() - inspect.signature(flow.cnf).parameters.keys()):
+    if foreign := sorted(fields.keys() - inspect.signature(flow.cnf).parameters.keys() | fields.keys() & {"t0"}):
       raise ConfigError(f"config.likelihood.{foreign[0]} is of processes with noise; leave it out for a CNF")
     made = schema.construct(flow.cnf, fields, "likelihood", t1=process.t1, divergence=trace).log_prob
   else:
