@@ -98,9 +98,9 @@ def _init_params(config: Config, source: Source) -> Any:
 
 
 def _mixed(config: Config) -> mixing.MixedScore | None:
-  prediction = factory.make_prediction(config)
-  if not isinstance(prediction, components.MixedNoise):
+  if config["prediction"]["type"] != "mixed_noise":
     return None
+  prediction = factory.make_prediction(config)
   return mixing.mixed_score(factory.make_apply(config), factory.make_process(config), prediction.std, prediction.share)
 
 
