@@ -250,8 +250,7 @@ def _mean(values: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 def _check_players(players: Any) -> None:
   checks.made("players", players, Players)
-  tree = players.discriminator
-  if not callable(tree) or jax.tree_util.all_leaves([tree]) or not jax.tree.leaves(tree):
+  if not callable(players.discriminator) or jax.tree_util.all_leaves([players.discriminator]):
     raise TypeError(
       f"discriminator must be a function and a pytree, got {type(players.discriminator).__name__}: pass "
       "jax.tree_util.Partial(apply, params), so that gradients can spare its parameters"
