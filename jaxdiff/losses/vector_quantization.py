@@ -88,6 +88,8 @@ def vq(
     global_batch: int | None = None,
   ) -> tuple[Float[Array, " b"], Costs]:
     checks.made("network", network, QuantizedAutoencoder)
+    if len({step is None, index is None, global_batch is None}) > 1:
+      raise ValueError("step, index and global_batch belong together: pass all to train, none to evaluate")
     z = network.encode(to_state(observation, x, cond, u))
     _check_codebook(network.codebook, z, averaged=codebook == "ema" and step is not None)
     vectors = network.codebook["vectors"].astype(z.dtype)
@@ -103,8 +105,6 @@ def vq(
       value = value + distance(jax.lax.stop_gradient(z), quantized)
     elif step is not None and index is not None and global_batch is not None:
       value = value + _statistics(network.codebook, z, codes, step, index, global_batch).astype(value.dtype)
-    elif not step is index is global_batch is None:
-      raise ValueError("step, index and global_batch belong together: pass all to train, none to evaluate")
     return value, {"reconstruction": reconstruction, "nats": bound, "commitment": commitment}
 
   return loss
