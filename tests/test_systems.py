@@ -42,12 +42,12 @@ def config_of(name, **changes):
   for path in ("network", "autoencoder.network"):
     section = functools.reduce(lambda part, key: (part or {}).get(key), path.split("."), config)
     if section:
-      section.update(SMALL)
+      section.update(SMALL | ({"channel_multipliers": (1,)} if section["type"] == "UNet" else {}))
   if "workdir" in config.get("autoencoder", {}):
     vae = config_of("vae_digits")
     config["autoencoder"] |= {"network": vae["network"], "loss": vae["loss"], "fingerprint": "0" * 32}
   if "discriminator" in config:
-    config["discriminator"] |= {"channels": 8}
+    config["discriminator"] |= {"channels": 8, "channel_multipliers": (1, 2)}
   config["train"] |= {"batch_size": BATCH}
   return changed(config, changes)
 
