@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/digits
 DEMO_FLAGS ?=
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# One cache of compiled programs per user, the same for make, CI and the command line; see the README.
+CACHE_HOME := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
+export JAX_COMPILATION_CACHE_DIR ?= $(CACHE_HOME)/jaxdiff/xla
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-.PHONY: help setup demo test test-slow parity lint format benchmark gallery constraints clean
+.PHONY: help setup demo test test-slow mutants parity lint format benchmark gallery constraints clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,14 +36,16 @@ demo: $(STAMP)  ## Train on handwritten digits, draw samples, report bits per di
 	$(BIN)/jaxdiff sample --workdir=$(DEMO)
 	$(BIN)/jaxdiff likelihood --workdir=$(DEMO)
 
-# Compilation takes most of the tests' time; without LLVM's optimizations they run in two thirds of it.
-test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(STAMP)  ## Run the tests, the docstring examples and the check of the import order.
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(TEST_FLAGS)
+	$(BIN)/python -m pytest --types $(TEST_FLAGS)
 
 test-slow: $(STAMP)  ## Run the slow tests: kills, several processes, whole trainings.
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m slow $(TEST_FLAGS)
+
+mutants: $(STAMP)  ## Break one line at a time and see that a test fails, for every row of tests/mutants.py.
+	$(BIN)/python tests/mutants.py
 
 parity: .venv-parity/.installed  ## Compare with diffusers, torchdiffeq and PyTorch (Python 3.11; installs PyTorch for the CPU).
 	.venv-parity/bin/python -m pytest tests/test_parity*.py

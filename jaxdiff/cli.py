@@ -70,6 +70,23 @@ def _avoid_miscompiled_reductions() -> None:
 _avoid_miscompiled_reductions()  # XLA reads its flags once
 
 
+def _keep_compiled_programs() -> None:
+  """Share one cache of compiled programs between all runs of a user, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  folder = os.path.join(home, "jaxdiff", "xla")
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError:
+    return  # a cache saves time only; a run needs none
+  if os.access(folder, os.W_OK):
+    import jax  # the package has imported it, so its environment variables were read
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def _leave(code: int, message: object) -> NoReturn:
   print(f"jaxdiff: {message}", file=sys.stderr, flush=True)
   sys.exit(code)
@@ -108,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:]
     _quieten()
     _warn_plainly()
+    _keep_compiled_programs()
   if not argv or argv[0] == "help" or (argv[0] != "data" and {"-h", "--help"} & set(argv)):
     print(USAGE)
     return

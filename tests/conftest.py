@@ -1,18 +1,54 @@
-"""Tests run with shape annotations executed, strict types and ranks, and eight simulated devices."""
+"""How tests run: strict types and ranks, one of eight simulated devices unless a test asks for all, fast compilation.
 
+`--types` executes the shape annotations of the files in `TYPED`, `--costs` prints the CPU time by file.
+"""
+
+import gc
+import importlib.metadata
 import os
 import pathlib
 
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdiff" / "xla"
+FLAGS = ["--xla_backend_optimization_level=0"]  # compilation takes most of the time
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  # Half of the compilation; newer releases lack the first flag. The second is what `jaxdiff.cli` sets.
+  FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_experimental_ynn_fusion_type=-reduce"]
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import jaxtyping
 import pytest
 
+pytest_plugins = ["costs"]
+TYPED = ("test_conformance.py",)
+_DEVICES = {name: getattr(jax, name) for name in ("devices", "local_devices")}
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jaxtyping.install_import_hook("jaxdiff", "beartype.beartype")
+for _name, _all in _DEVICES.items():
+  setattr(jax, _name, lambda *args, _all=_all, **options: _all(*args, **options)[:1])
+
+
+def pytest_addoption(parser):
+  parser.addoption("--types", action="store_true", help="run the files in TYPED with their annotations executed")
+
+
+def pytest_configure(config):
+  if config.getoption("--types"):
+    jaxtyping.install_import_hook("jaxdiff", "beartype.beartype")
+
+
+def pytest_ignore_collect(collection_path, config):
+  if config.getoption("--types") and collection_path.suffix == ".py":
+    return collection_path.name not in TYPED or None
+  return None
+
+
+def pytest_collection_finish(session):
+  gc.freeze()  # what was imported stays; collections of garbage need not walk it again
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +62,20 @@ def _strict(request):
 
 
 @pytest.fixture
+def eight_devices(monkeypatch):
+  """`jax.devices()` are all eight, for tests whose subject they are."""
+  for name, every in _DEVICES.items():
+    monkeypatch.setattr(jax, name, every)
+
+
+@pytest.fixture
 def x64():
   with jax.enable_x64(True):
     yield
 
 
 @pytest.fixture
-def untyped():
+def untyped(request):
   """As users run it: without the type hook, which would catch wrong input before our own messages."""
   jaxtyping.config.update("jaxtyping_disable", True)
   yield
