@@ -5,10 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/digits
 DEMO_FLAGS ?=
-# One cache of compiled programs per user, the same for make, CI and the command line; see the README.
-CACHE_HOME := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
-export JAX_COMPILATION_CACHE_DIR ?= $(CACHE_HOME)/jaxdiff/xla
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 .PHONY: help setup demo test test-slow mutants parity lint format benchmark gallery constraints clean
 
@@ -77,4 +73,4 @@ gallery: $(STAMP)  ## Draw all samplers side by side on a 2-D density and on dig
 	$(BIN)/python experiments/samplers/gallery.py --toy2d=runs/toy2d --digits=runs/digits
 
 clean:  ## Remove the environment, the caches and the runs.
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache runs

@@ -9,7 +9,6 @@ FSDP=${FSDP:-1}
 JAXDIFF=${JAXDIFF:-jaxdiff}
 
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jaxdiff}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
 
 exec "$JAXDIFF" train --config="$CONFIG" --workdir="$WORKDIR" --launcher=jit --fsdp="$FSDP" "$@"
