@@ -8,27 +8,30 @@ import importlib.metadata
 import os
 import pathlib
 
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdiff" / "xla"
-FLAGS = ["--xla_backend_optimization_level=0"]  # compilation takes most of the time
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-  # Half of the compilation; newer releases lack the first flag. The second is what `jaxdiff.cli` sets.
-  FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_experimental_ynn_fusion_type=-reduce"]
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
-if os.access(next(folder for folder in (CACHE, *CACHE.parents) if folder.exists()), os.W_OK):
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-
 import jax
 import jaxtyping
 import pytest
 
 pytest_plugins = ["costs"]
 TYPED = ("test_conformance.py",)
-_DEVICES = {name: getattr(jax, name) for name in ("devices", "local_devices")}
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdiff" / "xla"
+_SETTINGS = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_traceback_in_locations_limit": 0}
+if os.access(next(folder for folder in (_CACHE, *_CACHE.parents) if folder.exists()), os.W_OK):
+  _SETTINGS["jax_compilation_cache_dir"] = str(_CACHE)
+for _name, _value in _SETTINGS.items():
+  if _name.upper() not in os.environ:
+    os.environ[_name.upper()] = str(_value)  # for the processes that tests start
+    jax.config.update(_name, _value)
+
+_FLAGS = ["--xla_backend_optimization_level=0"]  # compilation takes most of the time
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  # The first halves what is left; newer releases lack it. The second is what `jaxdiff.cli` sets.
+  _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_experimental_ynn_fusion_type=-reduce"]
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()  # read at the first program
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+_DEVICES = {name: getattr(jax, name) for name in ("devices", "local_devices")}
 for _name, _all in _DEVICES.items():
   setattr(jax, _name, lambda *args, _all=_all, **options: _all(*args, **options)[:1])
 

@@ -1,7 +1,7 @@
 """A pytest plugin that prints where the CPU time goes: `make test TEST_FLAGS=--costs=20`, one row per file.
 
-CPU time is user + system of the process and of the children it waited for. Tracing, lowering and compiling are JAX's own
-wall-clock durations; a nested `jit` is counted within its caller too, so the three columns are upper bounds.
+CPU time is user + system of the process and of the children it waited for. Tracing, lowering and compiling are JAX's
+own wall-clock durations; a nested `jit` is counted within its caller too, so the three columns are upper bounds.
 """
 
 import collections
@@ -70,7 +70,9 @@ def pytest_terminal_summary(terminalreporter, config):
   write = terminalreporter.write_line
   write("")
   write("".join(f"{name:>10}" for name in COLUMNS) + "  file (seconds)")
-  for file, row in sorted([*rows.items(), ("all", sum(rows.values(), collections.Counter()))], key=lambda r: -r[1]["cpu"]):
+  for file, row in sorted(
+    [*rows.items(), ("all", sum(rows.values(), collections.Counter()))], key=lambda r: -r[1]["cpu"]
+  ):
     write("".join(f"{row[name]:10.{0 if name in ('programs', 'tests') else 1}f}" for name in COLUMNS) + f"  {file}")
   for test, cpu in slowest.most_common(config.getoption("--costs")):
     write(f"{cpu:10.1f}  {test}")

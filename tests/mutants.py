@@ -1,7 +1,7 @@
 """Mutants: one-line mistakes in the library, and for each the test that must notice it. `make mutants` tries them all.
 
-Every mutant is applied in a copy of the tree, where only its own test is run; it dies when that test fails. The table of
-the last run is tests/mutants.md.
+Every mutant is applied in a copy of the tree, where only its own test is run; it dies when that test fails. The table
+of the last run is tests/mutants.md.
 
     python tests/mutants.py                  # all, two at a time; writes tests/mutants.md
     python tests/mutants.py "sub-VP" "EMA"   # those whose names contain one of these words
@@ -43,7 +43,19 @@ def copy_of_the_tree(folder: pathlib.Path) -> pathlib.Path:
 
 
 def run(tree: pathlib.Path, tests: list[str]) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow", *tests]
+  command = [
+    sys.executable,
+    "-B",
+    "-m",
+    "pytest",
+    "-q",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "slow or not slow",
+    *tests,
+  ]
   return subprocess.run(command, cwd=tree, capture_output=True, text=True)
 
 
