@@ -18,8 +18,9 @@ from jaxdiff.training import Checkpoints, abstract_state, init_state
 from jaxdiff.training.manifest import _checksums, manifest
 
 STATE = """
-import resource, sys, warnings
+import faulthandler, resource, sys, warnings
 import jax, jax.numpy as jnp, optax
+from jaxdiff.parallel import join
 from jaxdiff.training import Checkpoints, SaveError, abstract_state, init_state
 
 def init(step):
@@ -28,29 +29,34 @@ def init(step):
   return state._replace(step=jnp.int32(step))
 """
 
+# In each folder of the arguments FOLDER LIMIT WHEN, twice: a checkpoint, and one that the limit does not let through.
 FULL = """
-folder, limit = sys.argv[1], int(sys.argv[2])
-try:
-  with Checkpoints(folder, {"seed": 0}) as checkpoints:
-    checkpoints.save(init(1), {"next_index": 1})
-    checkpoints.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-      checkpoints.save(init(2), {"next_index": 2})
-      if sys.argv[3] == "wait":
-        checkpoints.wait()
-    except SaveError as error:
-      print(error)
-except SaveError as error:
-  print(error)
+def attempt(folder, limit, when):
+  try:
+    with Checkpoints(folder, {"seed": 0}) as checkpoints:
+      checkpoints.save(init(1), {"next_index": 1})
+      checkpoints.wait()
+      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+      try:
+        checkpoints.save(init(2), {"next_index": 2})
+        if when == "wait":
+          checkpoints.wait()
+      except SaveError as error:
+        print(error)
+  except SaveError as error:
+    print(error)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+attempt(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+attempt(sys.argv[4], int(sys.argv[5]), sys.argv[6])
 """
 
 # Both processes save two checkpoints, of which each holds half, or restore the newest.
 PROCESS = """
 what, folder, process, port = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+faulthandler.dump_traceback_later(80, exit=True)
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)
+join(f"127.0.0.1:{port}", 2, process, timeout=60)  # one that fails ends the other
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("fsdp",), ()))
 shardings = jax.tree.map(lambda x: split if x.shape == (64, 1000) else whole, jax.eval_shape(lambda: init(0)))
@@ -102,27 +108,25 @@ def same(a, b):
   return all(bool(jnp.all(x == y)) for x, y in pairs)
 
 
-@pytest.mark.parametrize(
-  ("limit", "waits"), [(100, "wait"), (50_000, "leave")], ids=["nothing fits", "the arrays do not fit"]
-)
-def test_full_disk_stops_with_one_message_and_keeps_the_last_good(tmp_path, limit, waits):
-  folder = tmp_path / "checkpoints"
-  command = [sys.executable, "-c", STATE + FULL, str(folder), str(limit), waits]
+def test_full_disk_stops_with_one_message_and_keeps_the_last_good(tmp_path):
+  """Where nothing fits, told by `wait`, and where the arrays do not, told on leaving the context."""
+  folders = [tmp_path / "nothing", tmp_path / "arrays"]
+  command = [sys.executable, "-c", STATE + FULL, str(folders[0]), "100", "wait", str(folders[1]), "50000", "leave"]
   result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
   assert result.returncode == 0, result.stderr
-  (message,) = result.stdout.splitlines()
-  assert message == (
-    f"writing to {folder} failed (the disk is full or a limit is reached: File too large); the last complete one is "
-    "of step 1 and stays. Free space and start again to continue from there"
-  )
-  assert (folder / "2.orbax-checkpoint-tmp").exists()
-  position = Position()
-  with Checkpoints(folder, {"seed": 0}) as checkpoints:
-    assert same(checkpoints.restore_latest(abstract_state(init(0)), position), init(1))
-    assert position.state == {"next_index": 1}
-    checkpoints.save(init(2), {"next_index": 2})
-    assert checkpoints.latest_step() == 2
-  assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+  for folder, message in zip(folders, result.stdout.splitlines(), strict=True):
+    assert message == (
+      f"writing to {folder} failed (the disk is full or a limit is reached: File too large); the last complete one is "
+      "of step 1 and stays. Free space and start again to continue from there"
+    )
+    assert (folder / "2.orbax-checkpoint-tmp").exists()
+    position = Position()
+    with Checkpoints(folder, {"seed": 0}) as checkpoints:
+      assert same(checkpoints.restore_latest(abstract_state(init(0)), position), init(1))
+      assert position.state == {"next_index": 1}
+      checkpoints.save(init(2), {"next_index": 2})
+      assert checkpoints.latest_step() == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
 def two_processes(*arguments):
@@ -144,9 +148,14 @@ def two_processes(*arguments):
   finally:
     for process in running:
       process.kill()
-  for process, (_, errors) in zip(running, ended, strict=True):
-    assert process.returncode == 0, errors
+  assert [process.returncode for process in running] == [0, 0], "\n".join(errors for _, errors in ended)
   return [[line for line in out.splitlines() if line.startswith("restored")] for out, _ in ended]
+
+
+def damage(folder):
+  """Cuts off what process 1 reads of the newest checkpoint."""
+  for file in (folder / "2" / "state" / "ocdbt.process_1" / "d").iterdir():
+    file.write_bytes(file.read_bytes()[:1000])
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +171,7 @@ def test_two_processes_agree_on_what_they_restore(of_two, tmp_path):
   whole = shutil.copytree(of_two, tmp_path / "whole")
   assert two_processes("restore", whole) == [["restored 2 2 []"]] * 2
   folder = shutil.copytree(of_two, tmp_path / "damaged")
-  for file in (folder / "2" / "state" / "ocdbt.process_1" / "d").iterdir():
-    file.write_bytes(file.read_bytes()[:1000])
+  damage(folder)
   (first,), (second,) = two_processes("restore", folder)
   assert (
     first == f"restored 1 1 ['checkpoint 2 in {folder} cannot be read (process 1 cannot read it); using checkpoint 1']"
@@ -186,6 +194,7 @@ def test_one_process_restores_what_two_saved(of_two, devices):
   assert len(state.params["w"].sharding.device_set) == devices
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("spec", [("data",), (None, "data"), (None, None, "data")])
 def test_checksums_of_split_arrays_are_those_of_whole_ones_and_gather_nothing(spec):
   x = jax.random.normal(jax.random.key(0), (16, 24, 8))
