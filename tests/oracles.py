@@ -147,3 +147,8 @@ def labelled_mixture() -> LabelledMixture:
   """Three labels, one of two components; label 3 is the null one."""
   means = np.array([[1.0, 1.0], [-1.0, 0.5], [0.0, -1.2], [1.3, -0.4]])
   return LabelledMixture(np.array([0.2, 0.4, 0.3, 0.1]), means, 0.2, np.array([0, 1, 2, 0]))
+
+
+def compiled(function, *arguments):
+  """What `function(*arguments)` returns, computed by one program rather than one an operation, as NumPy arrays."""
+  return jax.device_get(jax.jit(function)(*arguments))
