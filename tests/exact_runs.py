@@ -108,11 +108,23 @@ def write_data(path, shape, shift=0):
   return path
 
 
-def make_run(folder, config, means=MEANS):
+def write_run(folder, config, params):
+  """The directory of a run with these parameters, as if it had been trained."""
   config = factory.normalize(config)
   systems.check(config)
-  transfer._write(config, factory.make_source(config, "train"), {"params": {"means": jnp.asarray(means)}}, folder)
+  transfer._write(config, factory.make_source(config, "train"), params, folder)
   return folder
+
+
+def make_run(folder, config, means=MEANS):
+  return write_run(folder, config, {"params": {"means": jnp.asarray(means)}})
+
+
+def random_params(config, scale=0.3):
+  """Normal numbers in the place of initial parameters, by which many networks are zero."""
+  source, rng = factory.make_source(config, "train"), np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(scale=scale, size=leaf.shape), leaf.dtype), shapes)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Checkpoints: exact round trips, damage of every kind, other runs, other device counts, and kill -9."""
 
+import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -46,10 +48,12 @@ def make_iterator(seed=0):
   return iter(source.batch(4, drop_remainder=True).to_iter_dataset())
 
 
+@functools.cache
 def make_state(devices=1, step=0, width=1000):
   """An Adam state with awkward numbers: denormals, both zeros, odd shapes, bfloat16."""
-  values = jax.random.normal(jax.random.key(step), (width,)) * jnp.where(jnp.arange(width) % 7 == 0, 1e-39, 1.0)
-  params = {"layer": Layer(values, jnp.array([0.0, -0.0, 1 / 3])), "half": jnp.full((3, 1), 1 / 3, jnp.bfloat16)}
+  values = np.random.default_rng(step).normal(size=width) * np.where(np.arange(width) % 7 == 0, 1e-39, 1.0)
+  bias, half = np.array([0.0, -0.0, 1 / 3], np.float32), np.full((3, 1), 1 / 3, jnp.bfloat16)
+  params = {"layer": Layer(jnp.asarray(values, jnp.float32), jnp.asarray(bias)), "half": jnp.asarray(half)}
   state = init_state(params, optax.adam(1e-3), jax.random.key(123))
   state = state._replace(step=jnp.int32(step), ema_params=jax.tree.map(lambda p: p * 0.5, state.ema_params))
   return replicate(make_mesh(jax.local_devices()[:devices]), state)
@@ -109,7 +113,7 @@ def test_round_trip_is_exact_with_key_and_iterator(tmp_path):
 
 def test_saving_is_not_disturbed_by_donation(tmp_path):
   update = jax.jit(lambda s: s._replace(params=jax.tree.map(lambda p: p + 1, s.params)), donate_argnums=0)
-  state, iterator = make_state(step=1, width=300_000), make_iterator()
+  state, iterator = make_state.__wrapped__(step=1, width=300_000), make_iterator()
   want = bits(state)
   with Checkpoints(tmp_path, FINGERPRINT) as checkpoints:
     checkpoints.save(state, iterator.get_state())
@@ -122,12 +126,13 @@ def test_saving_is_not_disturbed_by_donation(tmp_path):
   np.testing.assert_array_equal(next(fresh), next(make_iterator()))
 
 
-@pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8), (8, 4)])
-def test_restores_on_another_number_of_devices(tmp_path, saved_on, restored_on):
-  save_steps(tmp_path, devices=saved_on)
-  state = restore(tmp_path, devices=restored_on)
-  assert bits(state) == bits(make_state(step=2))
-  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {restored_on}
+@pytest.mark.usefixtures("eight_devices")
+def test_restores_on_another_number_of_devices(saved, tmp_path):
+  save_steps(tmp_path / "eight", steps=(2,), devices=8)
+  for directory, restored_on in ((saved, 8), (tmp_path / "eight", 1), (tmp_path / "eight", 4)):
+    state = restore(directory, devices=restored_on)
+    assert bits(state) == bits(make_state(step=2))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {restored_on}
 
 
 def test_nothing_there_is_none_and_only_the_newest_are_kept(tmp_path):
@@ -213,19 +218,38 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_newest_falls_back_with_a_message(saved, damage):
-  damage(saved, 2)
+def damaged(saved, damages):
+  """The checkpoints of steps 2, 3, ..., each of them that of step 2 with another damage."""
+  for step in range(3, 2 + len(damages)):
+    shutil.copytree(saved / "2", saved / str(step))
+  for step, damage in enumerate(damages, start=2):
+    damage(saved, step)
+  return range(2, 2 + len(damages))
+
+
+def test_damaged_newer_ones_are_named_and_the_newest_whole_one_is_restored(saved):
+  """Whatever the damage: one that was not seen would be restored in the place of that of step 1."""
+  steps = damaged(saved, list(DAMAGES.values()))
   with Checkpoints(saved, FINGERPRINT) as checkpoints:
     iterator = make_iterator()
-    with pytest.warns(UserWarning, match=r"checkpoint 2 in .* cannot be read \(.+\); using checkpoint 1"):
+    with pytest.warns(UserWarning, match="using checkpoint 1") as warned:
       state = checkpoints.restore_latest(abstract_state(make_state()), iterator)
-    assert bits(state) == bits(make_state(step=1))
-    used = make_iterator()
-    next(used)
-    np.testing.assert_array_equal(next(iterator), next(used))
-    # The run goes on and saves the damaged step again.
-    assert (saved / "2.corrupt").is_dir()
+  messages = [str(warning.message) for warning in warned if "cannot be read" in str(warning.message)]
+  for name, step, message in zip(DAMAGES, steps, reversed(messages), strict=True):
+    assert re.match(rf"checkpoint {step} in .* cannot be read \((?s:.+)\); using checkpoint 1$", message), name
+    assert (saved / f"{step}.corrupt").is_dir()
+  assert bits(state) == bits(make_state(step=1))
+  used = make_iterator()
+  next(used)
+  np.testing.assert_array_equal(next(iterator), next(used))
+
+
+def test_a_run_that_fell_back_saves_the_damaged_step_again(saved):
+  delete_item("manifest")(saved, 2)
+  with Checkpoints(saved, FINGERPRINT) as checkpoints:
+    iterator = make_iterator()
+    with pytest.warns(UserWarning, match="checkpoint 2 .* using checkpoint 1"):
+      checkpoints.restore_latest(abstract_state(make_state()), iterator)
     checkpoints.save(make_state(step=2), iterator.get_state())
     assert checkpoints.latest_step() == 2
   with warnings.catch_warnings():
@@ -244,20 +268,13 @@ def test_all_damaged_raises_and_moves_nothing(saved):
     load_params(saved, abstract_state(make_state().params))
 
 
-@pytest.mark.parametrize(
-  ("change", "difference"),
-  [
-    ({"seed": 1}, "seed was 0, now 1"),
-    ({"data": {"name": "digits", "batch_size": 8}}, r"data\.batch_size was 4, now 8"),
-    ({"data": {"name": "toys", "batch_size": 4}}, r"data\.name was 'digits', now 'toys'"),
-    ({"ema": 0.9}, r"ema was 'absent', now 0\.9"),
-  ],
-)
-def test_another_run_is_refused_by_name_and_not_fallen_through(tmp_path, change, difference):
-  other = {**FINGERPRINT, **change}
+def test_another_run_is_refused_by_name_and_not_fallen_through(tmp_path):
+  other = {**FINGERPRINT, "seed": 1, "data": {"name": "toys", "batch_size": 8}, "ema": 0.9}
   save_steps(tmp_path, steps=(1,), fingerprint=other)
   save_steps(tmp_path, steps=(2,))
-  with pytest.raises(FingerprintError, match=f"checkpoint 2 .*another run: {difference}; restore"):
+  texts = [r"data\.batch_size was 4, now 8", r"data\.name was 'digits', now 'toys'", r"ema was 'absent', now 0\.9"]
+  message = f"checkpoint 2 .*another run: {', '.join(texts)}, seed was 0, now 1; restore"
+  with pytest.raises(FingerprintError, match=message):
     restore(tmp_path, fingerprint=other)
 
 
@@ -272,6 +289,7 @@ def test_an_unfinished_save_is_ignored(saved):
   assert int(restore(saved).step) == 1
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_load_params_reads_average_or_last_iterate(tmp_path):
   save_steps(tmp_path, devices=8)
   state = make_state(step=2)
@@ -286,13 +304,13 @@ def test_load_params_reads_average_or_last_iterate(tmp_path):
   assert len(params["half"].sharding.device_set) == jax.local_device_count()
 
 
-@pytest.mark.parametrize("damage", [truncate, change_checksums, delete_item("manifest"), delete_item("state")])
-def test_load_params_falls_back_and_changes_nothing(saved, damage):
-  damage(saved, 2)
-  with pytest.warns(UserWarning, match="checkpoint 2 .* using checkpoint 1"):
+def test_load_params_falls_back_and_changes_nothing(saved):
+  steps = damaged(saved, [truncate, change_checksums, delete_item("manifest"), delete_item("state")])
+  with pytest.warns(UserWarning, match="checkpoint 2 .* using checkpoint 1") as warned:
     params, step = load_params(saved, abstract_state(make_state().params))
+  assert sum("cannot be read" in str(warning.message) for warning in warned) == len(steps)
   assert (step, bits(params)) == (1, bits(make_state(step=1).ema_params))
-  assert (saved / "2").is_dir()
+  assert all((saved / str(step)).is_dir() for step in steps)
 
 
 def test_load_fingerprint_reads_what_was_saved(saved, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdiff import arguments, cli, factory, systems
-from jaxdiff.data import prepared, sources
+from jaxdiff.data import prepared
 from jaxdiff.data.manifest import Manifest
 from jaxdiff.models import conditioning
 from jaxdiff.training.metrics import read_metrics
@@ -57,17 +57,18 @@ def test_configs_build_without_their_data(name):
   """Nothing is computed and nothing allocated: 295 million parameters are shapes alone."""
   config = arguments.load(CONFIGS / f"{name}.py")
   systems.check(config)
-  source = sources.from_arrays(np.zeros((2, *SHAPES[name]), np.uint8), levels=256)
-  params = jax.eval_shape(lambda: factory.init_params(config, source))
+  network = factory.make_network(config)
+
+  def start(key, x, t):
+    cond = conditioning.nothing(network.conditions, x)
+    return network.init_with_output(key, x, t, **cond)
+
+  x, t = jax.ShapeDtypeStruct((2, *SHAPES[name]), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+  output, params = jax.eval_shape(start, jax.eval_shape(lambda: jax.random.key(0)), x, t)
+  assert (output.shape, output.dtype) == (x.shape, jnp.float32)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e6
   assert count == pytest.approx(MILLIONS[name], abs=0.05)
-  x, t = jax.ShapeDtypeStruct((2, *SHAPES[name]), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
-  score_of = factory.make_score(config)
-  conditions = factory.make_network(config).conditions
-  cond = jax.eval_shape(lambda x: conditioning.nothing(conditions, x), x)
-  score = jax.eval_shape(lambda params, x, t, cond: score_of(params)(x, t, **cond), params, x, t, cond)
-  assert (score.shape, score.dtype) == (x.shape, jnp.float32)
   text = (CONFIGS / f"{name}.py").read_text()
   assert f"jaxdiff train --config=configs/{name}.py" in text
   assert "jaxdiff data " in text or "download_and_prepare()" in text

@@ -76,42 +76,39 @@ def score_of(params):
   return jd.score_fn(lambda p, x, t: p * gaussian().score(jd.VP())(x, t), params, jd.VP(), jd.predictions.score())
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_samples_do_not_depend_on_batch_size_or_devices(devices):
-  sde = jd.VP()
-  sampler = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 20))
-  draw = lambda n, batch, mesh: runs.draw(score_of, jnp.float32(1.0), sde, sampler, (3,), n, batch, 5, mesh)
-  mesh = parallel.make_mesh(jax.local_devices()[:devices])
-  reference = draw(10, 10, parallel.make_mesh(jax.local_devices()[:1]))
-  other = draw(10, 4, mesh)
-  assert other["x"].shape == (10, 3)
-  np.testing.assert_allclose(other["x"], reference["x"], rtol=1e-4, atol=1e-5)
-  with_path = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 20), path=True)
-  paths = runs.trajectories(score_of, jnp.float32(1.0), sde, with_path, (3,), 3, 5)
-  np.testing.assert_allclose(paths[-1], reference["x"][:3], rtol=1e-4, atol=1e-5)
+@pytest.mark.usefixtures("eight_devices")
+def test_samples_do_not_depend_on_batch_size_or_devices():
+  """The reference is one batch on one device; the other ones end with a batch that is not full, on four devices."""
+  sde, params = jd.VP(), np.float32(1.0)
+  grid = jd.time_grid(sde, 20)
+  sampler, with_path = (jd.samplers.reverse_sde(sde, grid, path=path) for path in (False, True))
+  one, four = (parallel.make_mesh(jax.local_devices()[:devices]) for devices in (1, 4))
+  draw = lambda batch, mesh, **more: runs.draw(score_of, params, sde, sampler, (3,), 10, batch, 5, mesh, **more)["x"]
+  reference, other = draw(10, one), draw(4, four)
+  assert other.shape == (10, 3)
+  np.testing.assert_allclose(other, reference, rtol=1e-4, atol=1e-5)
+  paths = runs.trajectories(score_of, params, sde, with_path, (3,), 3, 5)
+  np.testing.assert_allclose(paths[-1], reference[:3], rtol=1e-4, atol=1e-5)
   decode = lambda params, x: params + 2 * x[..., :1]
-  how = {"decode": decode, "mesh": mesh, "num": 10, "batch_size": 4, "seed": 5}
-  decoded = runs.draw(score_of, jnp.float32(1.0), sde, sampler, (3,), **how)["x"]
-  np.testing.assert_allclose(decoded, 1 + 2 * other["x"][:, :1], rtol=1e-5)
-  of_paths = runs.trajectories(score_of, jnp.float32(1.0), sde, with_path, (3,), 3, 5, decode=decode)
+  np.testing.assert_allclose(draw(4, four, decode=decode), 1 + 2 * other[:, :1], rtol=1e-5)
+  of_paths = runs.trajectories(score_of, params, sde, with_path, (3,), 3, 5, decode=decode)
   np.testing.assert_allclose(of_paths, 1 + 2 * paths[..., :1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_likelihoods_do_not_depend_on_batch_size_or_devices(devices, tmp_path):
-  source = from_arrays(np.asarray(gaussian().sample(jax.random.key(0), 10)))
+@pytest.mark.usefixtures("eight_devices")
+def test_likelihoods_do_not_depend_on_batch_size_or_devices(tmp_path):
+  source = from_arrays(np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32))
   log_prob = jd.likelihood.log_prob(jd.VP(), rtol=1e-4, atol=1e-4)
-  mesh = parallel.make_mesh(jax.local_devices()[:devices])
+  one, four = (parallel.make_mesh(jax.local_devices()[:devices]) for devices in (1, 4))
   one_batch = lambda params, key, batch: (
     log_prob(key, batch["x"], score_of(params))._asdict() | {"status": jnp.zeros(key.shape)}
   )
 
   def run(count, batch, mesh):
-    evaluate = runs.evaluator(one_batch, jnp.float32(1.0), source, batch, 3, mesh)
+    evaluate = runs.evaluator(one_batch, np.float32(1.0), source, batch, 3, mesh)
     return chunks.in_chunks(tmp_path, "likelihood", "", count, batch, evaluate)
 
-  reference = run(10, 10, parallel.make_mesh(jax.local_devices()[:1]))
-  other = run(7, 4, mesh)
+  reference, other = run(10, 10, one), run(7, 4, four)
   np.testing.assert_array_equal(other["index"], np.arange(7))
   assert other["value"].shape == (7,)
   np.testing.assert_allclose(other["value"], reference["value"][:7], atol=1e-3)

@@ -42,6 +42,16 @@ def changed(config, path, value):
   return config
 
 
+NARROW = {"type": "MLP", "width": 8, "depth": 1}
+IMAGES = {"type": "UNet", "channels": 4, "channel_multipliers": (1,), "blocks": 1, "groups": 2, "attention_levels": ()}
+
+
+def filled(config, source, value=0.1):
+  """Parameters that are all alike: an initial network is zero, and costs a program."""
+  shapes = jax.eval_shape(lambda: factory.init_params(config, source))
+  return jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), shapes)
+
+
 @pytest.fixture(scope="module")
 def toy():
   return load(next(path for path in CONFIGS if path.stem == "toy2d"))
@@ -51,18 +61,21 @@ def toy():
   "path", [path for path in CONFIGS if not path.stem.startswith(("emoji", *ON_DISK))], ids=lambda path: path.stem
 )
 def test_every_shipped_config_builds(path):
+  """Nothing is computed: their networks fit their data."""
   config = load(path)
   systems.check(config)
   source = factory.make_source(config, "train")
-  params = factory.init_params(config, source)
-  x, t = jnp.zeros((2, *source.shape)), jnp.full(2, 0.5)
+  params = jax.eval_shape(lambda: factory.init_params(config, source))
+  x, t = jax.ShapeDtypeStruct((2, *source.shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
   network = factory.make_network(config)
-  cond = conditioning.nothing(getattr(network, "conditions", {}), x)
+  cond = jax.eval_shape(lambda x: conditioning.nothing(getattr(network, "conditions", {}), x), x)
   if schema.is_classifier(config):
-    assert network.apply(params, x, t, **cond).shape == (2, network.classes)
+    apply, shape = network.apply, (2, network.classes)
   else:
-    assert factory.make_score(config)(params)(x, t, **cond).shape == x.shape
-  assert "jaxdiff train --config=configs/" in pathlib.Path(path).read_text()
+    score_of, shape = factory.make_score(config), x.shape
+    apply = lambda params, x, t, **cond: score_of(params)(x, t, **cond)
+  assert jax.eval_shape(lambda params, x, t, cond: apply(params, x, t, **cond), params, x, t, cond).shape == shape
+  assert f"jaxdiff train --config=configs/{path.name}" in path.read_text()
 
 
 def test_config_survives_json(toy, tmp_path):
@@ -77,17 +90,22 @@ def test_identity_ignores_what_does_not_change_the_training(toy):
   assert factory.identity(changed(toy, "train.steps", 7)) != factory.identity(toy)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in components.PROCESSES if kind not in ("CNF", "CLD")])
 @pytest.mark.parametrize(
   "prediction", sorted(components.PREDICTIONS.keys() - {"vector_field", "classes", "mixed_noise", "velocity_noise"})
 )
-def test_every_process_and_prediction_by_name(toy, kind, prediction):
-  config = changed(changed(toy, "sde", {"type": kind}), "prediction", {"type": prediction})
-  config["network"] |= {"width": 8, "depth": 1}
+def test_every_prediction_by_name_is_that_of_the_library(toy, prediction):
+  config = changed(changed(toy, "prediction", {"type": prediction}), "network", NARROW)
   systems.check(config)
-  params = factory.init_params(config, from_arrays(np.zeros((4, 2), np.float32)))
-  score = factory.make_score(config)(params)
-  assert jnp.all(jnp.isfinite(jax.jit(lambda x: score(x, 0.3))(jnp.ones((2, 2)))))
+  network, params = factory.make_network(config), filled(config, from_arrays(np.zeros((4, 2), np.float32)))
+
+  @jax.jit
+  def scores(params, x, t):
+    own = jd.score_fn(network.apply, params, jd.VP(), getattr(jd.predictions, prediction)())
+    return factory.make_score(config)(params)(x, t), own(x, t)
+
+  score, expected = scores(params, np.ones((2, 2), np.float32), np.full(2, 0.3, np.float32))
+  assert np.abs(expected).max() > 0.1
+  np.testing.assert_allclose(score, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +169,17 @@ def test_mistakes_are_named_with_their_path(toy, path, value, message, untyped):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in components.PROCESSES if kind != "CLD"])
-def test_shipped_processes_reach_their_prior(toy, kind, recwarn):
-  factory.make_process(changed(toy, "sde", {"type": kind}))
+def test_every_process_by_name_reaches_its_prior(toy, kind, recwarn):
+  config = changed(changed(toy, "sde", {"type": kind}), "network", NARROW)
+  process = factory.make_process(config)
   assert not recwarn
+  if kind != "CNF":
+    systems.check(config)
+    score_of = factory.make_score(config)
+    x, t = jax.ShapeDtypeStruct((2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    params = jax.eval_shape(lambda: factory.init_params(config, from_arrays(np.zeros((4, 2), np.float32))))
+    assert jax.eval_shape(lambda params, x, t: score_of(params)(x, t), params, x, t).shape == (2, 2)
+    assert type(score_of(params).sde) is type(process)
 
 
 def test_a_prior_that_does_not_match_is_warned_of(toy):
@@ -212,32 +238,26 @@ def test_data_mistakes_are_named(toy, tmp_path):
     factory.make_source(changed(toy, "data", {"type": "npz", "path": str(tmp_path / "x.npz")}), "train")
 
 
-def objective_values(config, source, batch):
-  params = factory.init_params(config, source)
-  params = jax.tree.map(lambda p: p + 0.01, params)
+def objective_of(config, source):
+  """What the train step would compute of the first eight examples, in one program: (loss, aux)."""
   objective = objectives.make_objective(config, source)
-  keys = jd.example_keys(jax.random.key(0), 0, len(batch))
-  u = jnp.linspace(0.0, 1.0, len(batch), endpoint=False)
-  return jax.jit(lambda p: objective(p, keys, {"x": jnp.asarray(batch), "u": u})[0])(params)
+
+  def values(params, x, u):
+    return objective(params, jd.example_keys(jax.random.key(0), 0, len(x)), {"x": x, "u": u})
+
+  return values, source.gather(np.arange(8))["x"], np.linspace(0.0, 1.0, 8, endpoint=False, dtype=np.float32)
 
 
-def test_objective_reports_the_loss_per_dimension(toy):
-  source = from_arrays(np.ones((4, 2), np.float32))
-  objective, params = objectives.make_objective(toy, source), factory.init_params(toy, source)
-  batch = {"x": jnp.ones((4, 2)), "u": jnp.linspace(0.1, 0.9, 4)}
-  loss, aux = objective(params, jd.example_keys(jax.random.key(0), 0, 4), batch)
-  np.testing.assert_allclose(aux["loss_per_dim"], loss / 2)
-
-
-def test_objective_dequantizes_flips_and_drops(toy):
+def test_objective_flips_and_drops(toy):
   digits = sources.digits("train")
-  batch = digits.gather(np.arange(8))["x"]
-  config = changed(toy, "network", {"type": "UNet", "channels": 8, "channel_multipliers": (1,), "blocks": 1})
-  plain = objective_values(config, digits, batch)
-  flipped = objective_values(changed(config, "train.random_flip", True), digits, batch)
-  dropped = objective_values(changed(config, "network.dropout", 0.5), digits, batch)
-  assert 0 < np.count_nonzero(np.asarray(plain == flipped)) < 8
-  assert jnp.all(plain != dropped)
+  config = changed(toy, "network", IMAGES)
+  params, (_, *arguments) = filled(config, digits), objective_of(config, digits)
+  others = [config, changed(config, "train.random_flip", True), changed(config, "network.dropout", 0.5)]
+  objectives_of = [objective_of(other, digits)[0] for other in others]
+  together = jax.jit(lambda *arguments: [values(*arguments)[0] for values in objectives_of])
+  plain, flipped, dropped = (np.asarray(value) for value in together(params, *arguments))
+  assert 0 < np.count_nonzero(plain == flipped) < 8
+  assert np.all(plain != dropped)
   with pytest.raises(ConfigError, match="random_flip mirrors images"):
     objectives.make_objective(changed(toy, "train.random_flip", True), from_arrays(np.zeros((4, 2), np.float32)))
 
@@ -258,7 +278,7 @@ LOSSES = {
 
 def with_loss(toy, kind):
   process, fields = LOSSES[kind]
-  config = changed(toy, "sde", {"type": process})
+  config = changed(changed(toy, "sde", {"type": process}), "network", NARROW)
   config["loss"] = {"type": kind, **fields}
   config["prediction"] = {"type": "noise", "log_snr_time": True}
   if process == "CNF":
@@ -276,22 +296,25 @@ def test_every_loss_by_name(toy, kind):
   """On continuous and on integer data; losses that know levels are given the integers, others dequantized data."""
   config = with_loss(toy, kind)
   if kind == "ddpm_hybrid":
-    config["network"] = {"type": "UNet", "channels": 8, "channel_multipliers": (1,), "blocks": 1, "parts": 2}
+    config["network"] = IMAGES | {"parts": 2}
   systems.check(config)
   shape = (4, 4, 1) if kind == "ddpm_hybrid" else (2,)
   rng = np.random.default_rng(0)
-  for source in (
+  examples = [
     from_arrays(rng.normal(size=(8, *shape)).astype(np.float32)),
     from_arrays(rng.integers(0, 5, (8, *shape)).astype(np.uint8), levels=5),
-  ):
-    values = objective_values(config, source, source.gather(np.arange(8))["x"])
+  ]
+  params = [filled(config, source) for source in examples]
+  programs, *arguments = zip(*(objective_of(config, source) for source in examples), strict=True)
+  run = jax.jit(lambda *arguments: [values(*given) for values, *given in zip(programs, *arguments, strict=True)])
+  for values, aux in run(params, *arguments):
     assert values.shape == (8,)
-    assert jnp.all(jnp.isfinite(values))
-    params = factory.init_params(config, source)
-    x = jnp.asarray(source.gather(np.arange(8))["x"], jnp.float32)
-    make_score = factory.make_score(config)
-    score = jax.eval_shape(lambda params, x, make_score=make_score: make_score(params)(x, jnp.full(8, 0.5)), params, x)
-    assert score.shape == x.shape
+    assert np.all(np.isfinite(values))
+    np.testing.assert_allclose(aux["loss_per_dim"], values / np.prod(shape), rtol=1e-6)
+    assert np.std(values) > 0
+  score_of, x = factory.make_score(config), jax.ShapeDtypeStruct((8, *shape), jnp.float32)
+  t = jax.ShapeDtypeStruct((8,), jnp.float32)
+  assert jax.eval_shape(lambda params, x, t: score_of(params)(x, t), params[0], x, t).shape == x.shape
 
 
 @pytest.mark.slow

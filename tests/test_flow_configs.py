@@ -1,19 +1,19 @@
 """Normalizing flows from configs: the sections make the library's flow; what does not go together is refused."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import components, factory, objectives, options, systems, training
+from jaxdiff import components, factory, objectives, options, systems
 from jaxdiff.data.examples import from_arrays
 from jaxdiff.evaluation import runs
 from jaxdiff.factory import ConfigError
 from jaxdiff.parallel import make_mesh
 
 pytestmark = pytest.mark.standard_promotion
-KEY = jax.random.key(0)
 TOLERANCES = {"rtol": 1e-3, "atol": 1e-3}
 CONFIG = {
   "seed": 0,
@@ -33,73 +33,73 @@ POINTS = from_arrays((3 + RNG.normal(size=(16, 2))).astype(np.float32))
 INTEGERS = from_arrays(RNG.integers(0, 4, (16, 2)).astype(np.uint8), levels=4)
 
 
-@pytest.fixture(scope="module")
-def params():
-  """Away from zero, where the flow would be the identity."""
-  made = factory.init_params(CONFIG, POINTS)
-  keys = jax.random.split(KEY, len(jax.tree.leaves(made)))
-  leaves, tree = jax.tree.flatten(made)
-  return tree.unflatten([p + 0.3 * jax.random.normal(key, p.shape) for key, p in zip(keys, leaves, strict=True)])
+RATE = 0.7
 
 
-def field_of(params):
-  network = factory.make_network(CONFIG)
-  return lambda x, t: network.apply(params, x, t)
+class Linear(nn.Module):
+  """The field of f(x, t) = RATE x, which grows what it carries by exp(RATE t)."""
+
+  @nn.compact
+  def __call__(self, x, t, *, train=False):
+    return x * self.param("rate", nn.initializers.zeros, ())
 
 
-def test_the_loss_is_that_of_the_library(params):
+@pytest.fixture
+def linear(monkeypatch):
+  """(the config of the flow that carries data to the base exactly, its parameters)."""
+  monkeypatch.setitem(components.NETWORKS, "Linear", Linear)
+  return CONFIG | {"network": {"type": "Linear"}}, {"params": {"rate": np.float32(RATE)}}
+
+
+def test_the_loss_is_that_of_the_library():
   """Its time, probes, solver and weights are those of the sections."""
-  keys = jd.example_keys(KEY, 0, 16)
+  shapes, rng = jax.eval_shape(lambda: factory.init_params(CONFIG, POINTS)), np.random.default_rng(1)
+  params = jax.tree.map(lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype), shapes)
   fields = {"solver": "heun", "num_steps": 2, "kinetic": 0.1, "jacobian": 0.2}
   loss = jd.losses.ffjord(divergence=jd.divergence.hutchinson(), t1=0.5, **fields)
-  x = jnp.asarray(POINTS.gather(np.arange(16))["x"])
-  objective = objectives.make_objective(CONFIG, POINTS)
-  value, aux = jax.jit(lambda p: objective(p, keys, {"x": x, "u": jnp.zeros(16)}))(params)
-  loss_key = jd.keys.split(keys, 4)[3]
-  expected, _ = jax.jit(lambda p: loss(loss_key, x, field_of(p)))(params)
+  objective, network = objectives.make_objective(CONFIG, POINTS), factory.make_network(CONFIG)
+
+  @jax.jit
+  def both(params, x):
+    keys = jd.example_keys(jax.random.key(0), 0, 16)
+    value, aux = objective(params, keys, {"x": x, "u": jnp.zeros(16)})
+    return value, aux, loss(jd.keys.split(keys, 4)[3], x, lambda x, t: network.apply(params, x, t))[0]
+
+  value, aux, expected = both(params, POINTS.gather(np.arange(16))["x"])
+  assert np.std(value) > 0.1
   np.testing.assert_allclose(value, expected, rtol=1e-6)
-  np.testing.assert_allclose(value, aux["nats"] + 0.1 * aux["kinetic"] + 0.2 * aux["jacobian"], rtol=1e-5)
+  parts = [np.asarray(aux[name]) for name in ("nats", "kinetic", "jacobian")]
+  np.testing.assert_allclose(value, parts[0] + 0.1 * parts[1] + 0.2 * parts[2], rtol=1e-5)
 
 
-def test_two_steps_of_training_lower_the_loss():
-  """Data far from the base, so that the first steps of Adam cannot miss the way."""
-  optimizer = factory.make_optimizer_of(CONFIG)
-  step = jax.jit(training.make_train_step(objectives.make_objective(CONFIG, POINTS), optimizer, 0.9, 16))
-  state = training.init_state(factory.init_params(CONFIG, POINTS), optimizer, KEY)
-  batch, losses = POINTS.gather(np.arange(16)), []
-  for _ in range(3):
-    state, metrics = step(state, {"x": jnp.asarray(batch["x"])}, jnp.arange(16))
-    losses.append(float(metrics["loss"]))
-  assert losses[0] > losses[1] > losses[2]
-
-
-def test_samples_and_densities_are_those_of_the_flow(params):
-  """To the tolerance of the solves: their step sizes follow the rounding, which depends on the layout of a batch."""
-  flow = jd.flow.cnf(divergence=jd.divergence.exact(), t1=0.5, **TOLERANCES)
-  process = factory.make_process(CONFIG)
-  drawn = runs.draw(
-    factory.make_score(CONFIG), params, process, factory.make_sampler(CONFIG, process), (2,), 16, 16, 0, make_mesh()
-  )
-  prior_key, _ = jd.keys.split(jd.example_keys(jax.random.fold_in(KEY, 2), 0, 16))
-  sample = jax.jit(lambda p: flow.sample(prior_key, (16, 2), field_of(p)))(params)
-  np.testing.assert_allclose(drawn["x"], sample.x, atol=1e-3)
-  keys, x = jd.example_keys(KEY, 0, 16), jnp.asarray(drawn["x"])
-  got = jax.jit(objectives.make_log_likelihood(CONFIG, params, POINTS))(params, keys, {"x": x})
-  expected = jax.jit(lambda p: flow.log_prob(keys, x, field_of(p)))(params)
-  np.testing.assert_allclose(got["value"], expected.value, rtol=1e-5)
-  assert jnp.std(got["value"]) > 0.1
+def test_samples_and_densities_are_those_of_the_flow(linear):
+  """Data are exp(-RATE t1) times the base; their log-density is that of the base and RATE t1 a dimension."""
+  config, params = linear
+  process = factory.make_process(config)
+  sampler, score = factory.make_sampler(config, process), factory.make_score(config)
+  drawn = runs.draw(score, params, process, sampler, (2,), 16, 16, 0, make_mesh())["x"]
+  prior_key, _ = jd.keys.split(jd.example_keys(jax.random.fold_in(jax.random.key(0), 2), 0, 16))
+  z = np.asarray(jd.flow.standard_normal().sample(prior_key, (16, 2)))
+  np.testing.assert_allclose(drawn, z * np.exp(-RATE * 0.5), atol=1e-3)
+  keys = jd.example_keys(jax.random.key(0), 0, 16)
+  got = jax.jit(objectives.make_log_likelihood(config, params, POINTS))(params, keys, {"x": drawn})
+  np.testing.assert_allclose(got["value"], log_prob(drawn), rtol=1e-3)
   assert not got["code"].any()
 
 
-def test_bits_per_dim_of_integers(params):
+def log_prob(x):
+  carried = np.asarray(x, float) * np.exp(RATE * 0.5)
+  return -0.5 * np.sum(carried**2, axis=1) - np.log(2 * np.pi) + 2 * RATE * 0.5
+
+
+def test_bits_per_dim_of_integers(linear):
   """-log p of uniformly dequantized values, in bits, with cells of width 1/2 in [-1, 1]."""
-  keys, x = jd.example_keys(KEY, 0, 16), jnp.asarray(INTEGERS.gather(np.arange(16))["x"])
-  got = jax.jit(objectives.make_log_likelihood(CONFIG, params, INTEGERS))(params, keys, {"x": x})
-  draw_key, probe_key = jd.keys.split(jd.keys.fold_in(keys, 0))
-  z = jd.likelihood.dequantize(draw_key, x, 4)
-  flow = jd.flow.cnf(divergence=jd.divergence.exact(), t1=0.5, **TOLERANCES)
-  nats = -jax.jit(lambda p: flow.log_prob(probe_key, z, field_of(p)))(params).value
-  np.testing.assert_allclose(got["value"], (nats / 2 + np.log(2)) / np.log(2), rtol=1e-5)
+  config, params = linear
+  keys, x = jd.example_keys(jax.random.key(0), 0, 16), INTEGERS.gather(np.arange(16))["x"]
+  got = jax.jit(objectives.make_log_likelihood(config, params, INTEGERS))(params, keys, {"x": x})
+  draw_key, _ = jd.keys.split(jd.keys.fold_in(keys, 0))
+  z = jax.jit(lambda key, x: jd.likelihood.dequantize(key, x, 4))(draw_key, x)
+  np.testing.assert_allclose(got["value"], (-log_prob(z) / 2 + np.log(2)) / np.log(2), rtol=1e-3)
 
 
 def test_noise_of_a_process_is_refused_for_a_flow():

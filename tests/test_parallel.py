@@ -14,6 +14,7 @@ from jaxdiff.parallel import (
 )
 
 BATCH = 16
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def mesh_of(devices):

@@ -32,6 +32,7 @@ KINDS = {
 NEW = [name for name, kind in KINDS.items() if kind not in ("diffusion", "classifier")]
 BATCH = 8
 SMALL = {"channels": 8, "blocks": 1, "groups": 4}
+ZERO = ("['counts']", "['sums']")
 RNG = np.random.default_rng(0)
 IMAGES = from_arrays(RNG.integers(0, 17, (BATCH, 8, 8, 1)).astype(np.uint8), levels=17)
 
@@ -87,16 +88,41 @@ def test_shapes_of_states_and_samples(name):
   assert jax.eval_shape(draw, params, jax.random.key(0)).shape == (3, 8, 8, 1)
 
 
+def batch_of(source):
+  return source.gather(np.arange(BATCH))
+
+
+def tiny(config):
+  """The same kind of run of the smallest networks, which compile in a second."""
+  least = {"channels": 4, "channel_multipliers": (1,), "blocks": 1, "groups": 2}
+  own = least if schema.kind(config) == "autoencoder" else {"type": "MLP", "width": 8, "depth": 1}
+  config = config | {"network": {**config["network"], **own} if own is least else own}
+  if "network" in config.get("autoencoder", {}):
+    config |= {"autoencoder": config["autoencoder"] | {"network": config["autoencoder"]["network"] | least}}
+  if "discriminator" in config:
+    config |= {"discriminator": config["discriminator"] | {"channels": 4, "channel_multipliers": (1,)}}
+  return config
+
+
+def params_of(config, system):
+  """Normal numbers in the place of initial parameters, which cost a program; averages of codes begin at zero."""
+  rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: system.init_params(config, IMAGES))
+  fill = lambda path, leaf: rng.normal(scale=0.3 * (jax.tree_util.keystr(path[-1:]) not in ZERO), size=leaf.shape)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: fill(path, leaf).astype(leaf.dtype), shapes)
+
+
 def step_of(config, system):
-  state = init_state(system.init_params(config, IMAGES), system.optimizer(config), jax.random.key(0))
-  step = jax.jit(make_train_step(system.objective(config, IMAGES), system.optimizer(config), 0.9, BATCH))
-  batch = {name: jnp.asarray(value) for name, value in IMAGES.gather(np.arange(BATCH)).items()}
-  return state, *step(state, batch, jnp.arange(BATCH))
+  """(parameters before a train step, those after it, metrics), on the host."""
+  step = make_train_step(system.objective(config, IMAGES), system.optimizer(config), 0.9, BATCH)
+  before = params_of(config, system)
+  run = jax.jit(lambda params, *rest: step(init_state(params, system.optimizer(config), jax.random.key(0)), *rest))
+  after, metrics = run(before, batch_of(IMAGES), np.arange(BATCH))
+  return jax.device_get((before, after.params, metrics))
 
 
 def moved(before, after):
   """Groups of parameters that a step changed: by their names."""
-  same = lambda a, b: all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b)))
+  same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
   return {name for name in before if not same(before[name], after[name])}
 
 
@@ -104,17 +130,16 @@ def moved(before, after):
   ("name", "groups", "metrics"),
   [
     ("vae_digits", {"autoencoder"}, {"reconstruction", "kl", "bits_per_dim"}),
-    ("vq_digits", {"autoencoder"}, {"reconstruction", "commitment", "perplexity"}),
     ("latent_digits", {"prior"}, {"loss_per_dim"}),
     ("lsgm_digits", {"autoencoder", "prior"}, {"reconstruction", "cross_entropy", "entropy", "bits_per_dim"}),
     ("ddgan_digits", {"generator", "discriminator"}, {"generator_loss", "discriminator_loss", "r1"}),
   ],
 )
 def test_what_a_step_trains(name, groups, metrics):
-  config = config_of(name)
+  config = tiny(config_of(name))
   system = systems.of(config)
   before, after, seen = step_of(config, system)
-  assert moved(before.params, after.params) == groups
+  assert moved(before, after) == groups
   assert metrics <= seen.keys()
   assert all(np.isfinite(seen[metric]) for metric in metrics)
   assert system.limits(config, IMAGES).keys() <= seen.keys()
@@ -122,41 +147,51 @@ def test_what_a_step_trains(name, groups, metrics):
 
 def test_codes_that_are_averages_follow_the_encoder():
   """After one step of k-means every code that is used is the mean of its vectors: of the batch, not of a gradient."""
-  config = config_of("vq_digits", loss__revive_below=0.0)
+  config = tiny(config_of("vq_digits", loss__revive_below=0.0))
   system = systems.of(config)
-  before, after, _ = step_of(config, system)
-  start, end = (side.params["autoencoder"]["codebook"] for side in (before, after))
-  used = np.asarray(end["counts"]) > 0
+  before, after, seen = step_of(config, system)
+  assert moved(before, after) == {"autoencoder"}
+  metrics = {"reconstruction", "commitment", "perplexity", *system.limits(config, IMAGES)}
+  assert metrics <= seen.keys()
+  assert all(np.isfinite(seen[metric]) for metric in metrics)
+  start, end = (side["autoencoder"]["codebook"] for side in (before, after))
+  used = end["counts"] > 0
   assert 0 < used.sum() < len(used)
-  np.testing.assert_allclose(end["vectors"][used], (end["sums"] / end["counts"][:, None])[used], rtol=1e-5, atol=1e-6)
+  means = end["sums"][used] / end["counts"][used, None]
+  np.testing.assert_allclose(end["vectors"][used], means, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(end["vectors"][~used], start["vectors"][~used])
-  np.testing.assert_allclose(end["counts"].sum(), 0.01 * 16, rtol=1e-5)  # 1 - decay of the 4 x 4 positions
+  np.testing.assert_allclose(end["counts"].sum(), 0.01 * 64, rtol=1e-5)  # 1 - decay of the 8 x 8 positions
 
 
 def test_patches_are_judged_where_there_is_a_discriminator():
   judge = {"type": "PatchDiscriminator", "channels": 8, "channel_multipliers": (1, 2)}
-  config = config_of("vae_digits", discriminator=judge, loss__patch_weight=0.5)
+  config = tiny(config_of("vae_digits", discriminator=judge, loss__patch_weight=0.5))
   systems.check(config)
   before, after, seen = step_of(config, systems.of(config))
-  assert moved(before.params, after.params) == {"autoencoder", "discriminator"}
+  assert moved(before, after) == {"autoencoder", "discriminator"}
   parts = seen["nats"] + 0.5 * seen["generator_loss"] + seen["discriminator_loss"]
   np.testing.assert_allclose(seen["loss"], parts, rtol=1e-5)
 
 
 def test_the_latent_objective_is_the_library_loss_of_posterior_draws():
-  config = config_of("latent_digits")
+  config = tiny(config_of("latent_digits"))
   system = systems.of(config)
-  params, keys = system.init_params(config, IMAGES), jd.example_keys(jax.random.key(1), 0, BATCH)
-  batch = {name: jnp.asarray(value) for name, value in IMAGES.gather(np.arange(BATCH)).items()}
-  value, _ = system.objective(config, IMAGES)(params, keys, batch | {"u": jnp.linspace(0.1, 0.9, BATCH)})
-  _, sample_key, loss_key = jd.keys.split(keys, 3)
   network, module = factory.make_network(config), systems.latent.coding.make(config["autoencoder"], IMAGES).module
-  x = jd.losses.decoders.integer_values(batch["x"], 17)
-  z = jd.latents.sample(sample_key, jd.latents.Posterior(*module.apply(params["autoencoder"], x, method="encode")))
   loss = jd.losses.denoising(
     jd.VP(), jd.predictions.edm(1.0), jd.losses.weights.likelihood(), jd.losses.times.importance()
   )
-  expected, _ = loss(loss_key, z, functools.partial(network.apply, params["prior"]), u=jnp.linspace(0.1, 0.9, BATCH))
+
+  @jax.jit
+  def both(params, batch, u):
+    keys = jd.example_keys(jax.random.key(1), 0, BATCH)
+    value, _ = system.objective(config, IMAGES)(params, keys, {**batch, "u": u})
+    _, sample_key, loss_key = jd.keys.split(keys, 3)
+    x = jd.losses.decoders.integer_values(batch["x"], 17)
+    z = jd.latents.sample(sample_key, jd.latents.Posterior(*module.apply(params["autoencoder"], x, method="encode")))
+    return value, loss(loss_key, z, functools.partial(network.apply, params["prior"]), u=u)[0]
+
+  u = np.linspace(0.1, 0.9, BATCH, dtype=np.float32)
+  value, expected = both(params_of(config, system), batch_of(IMAGES), u)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
@@ -164,14 +199,20 @@ def test_samples_of_a_diffusion_with_velocities_are_denoised_positions():
   """The exact score of N(0, I): the last state ends at E[x_0 | u], counted as one more evaluation."""
   config = config_of("cld_digits")
   system = systems.of(config)
-  process, key = system.process(config), jax.random.key(0)
+  process = system.process(config)
   score = cld.score_fn(lambda params, u, t: 0.3 * u[..., 1], None, process)
-  u = process.prior_sample(key, (4, 3, 2))
   sampler = system.sampler(config, process)
-  plain, sample = sampler.sampler(key, u, score), sampler(key, u, score, {})
-  x = system.decode(config)(None, sample.x)
-  np.testing.assert_allclose(x, score.denoised(plain.x, sampler.ts[-1]), rtol=1e-6)
-  assert (sample.nfe - plain.nfe).tolist() == [1] * 4
+
+  @jax.jit
+  def both(key):
+    u = process.prior_sample(key, (4, 3, 2))
+    plain, sample = sampler.sampler(key, u, score), sampler(key, u, score, {})
+    denoised = score.denoised(plain.x, sampler.ts[-1])
+    return system.decode(config)(None, sample.x), denoised, sample.nfe - plain.nfe
+
+  x, denoised, more = both(jax.random.key(0))
+  np.testing.assert_allclose(x, denoised, rtol=1e-6)
+  assert more.tolist() == [1] * 4
 
 
 def test_a_process_with_velocities_that_keeps_the_data_is_told():
