@@ -5,7 +5,9 @@ Every test runs the command line in processes of its own. Those of two processes
 
 import os
 import pathlib
+import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff import factory, rundir
+from jaxdiff import cli, factory, rundir
 from jaxdiff.training import load_params
 from jaxdiff.training.metrics import read_metrics
 
@@ -24,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY, KILLS = 120, 5, 20
 TINY = [
   f"--config={ROOT / 'configs' / 'toy2d.py'}",
-  "--config.network.width=16",
+  "--config.network.width=128",
   "--config.network.depth=1",
   "--config.data.size=400",
   "--config.train.batch_size=64",
@@ -59,13 +61,14 @@ def finish(*processes, timeout=240):
   return [process.returncode for process in processes], said
 
 
-def pair(workdir, *arguments, devices=2, **options):
-  """Two processes of one training on the loopback."""
+def pair(workdir, *arguments, devices=2, second=(), **options):
+  """Two processes of one training on the loopback; the second one is given `second` besides."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   joined = [f"--coordinator={address}", "--processes=2"]
-  return [start(workdir, *joined, f"--process={k}", *arguments, devices=devices, **options) for k in (0, 1)]
+  own = ("--process=0",), ("--process=1", *second)
+  return [start(workdir, *joined, *more, *arguments, devices=devices, **options) for more in own]
 
 
 def steps_of(workdir):
@@ -155,112 +158,111 @@ def test_processes_ask_for_preemption_without_leaving_numbers_out(monkeypatch):
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_between_dispatches_of_several_steps(tmp_path):
+  """And one process goes on from what they saved."""
   several = ["--config.train.steps=1000000", "--config.train.checkpoint_every=1000000", "--config.train.log_every=20"]
-  processes = pair(tmp_path, *several, "--config.train.steps_per_dispatch=4")
+  several += ["--config.train.steps_per_dispatch=4", "--config.train.snapshot_every=1000000"]
+  processes = pair(tmp_path, *several)
   wait_for(lambda: steps_of(tmp_path) or processes[0].poll() is not None)
   processes[1].send_signal(signal.SIGTERM)
   codes, said = finish(*processes, timeout=90)
   assert codes == [TERMINATED, TERMINATED], said
-  assert f"stopped at step {steps_of(tmp_path)[-1]}, which is saved" in said[0]
+  stopped = steps_of(tmp_path)[-1]
+  assert f"stopped at step {stopped}, which is saved" in said[0]
+  process = start(tmp_path, *several)
+  wait_for(lambda: steps_of(tmp_path)[-1] > stopped or process.poll() is not None)
+  process.send_signal(signal.SIGKILL)
+  (code,), (said,) = finish(process)
+  assert code == -signal.SIGKILL, said
+  assert f"continuing from step {stopped}" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["jit", "pmap"])
-def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(tmp_path, launcher):
-  """SIGKILL of one of two processes; then on one process with one device and with eight."""
-  flag = f"--launcher={launcher}"
-  codes, said = finish(*pair(tmp_path / "whole", flag))
+@pytest.fixture(scope="module", params=["jit", "pmap"])
+def died(request, tmp_path_factory):
+  """Two runs of two processes, of which the second lost one; and the flag that names their launcher."""
+  folder, flag = tmp_path_factory.mktemp(request.param), f"--launcher={request.param}"
+  codes, said = finish(*pair(folder / "whole", flag))
   assert codes == [DONE, DONE], said
-  processes = pair(tmp_path / "killed", flag)
-  wait_for(lambda: len(steps_of(tmp_path / "killed")) > 2 * EVERY)
+  processes = pair(folder / "killed", flag)
+  wait_for(lambda: len(steps_of(folder / "killed")) > 2 * EVERY)
   processes[1].send_signal(signal.SIGKILL)
   begin = time.monotonic()
   codes, said = finish(*processes)
   assert codes[1] == -signal.SIGKILL, "the training ended before the kill"
   assert codes[0] not in (DONE, -signal.SIGKILL), said
-  print(f"the other process ended after {time.monotonic() - begin:.1f} s with {codes[0]}")
-  codes, said = finish(*pair(tmp_path / "killed", flag))
-  assert codes == [DONE, DONE], said
-  assert_same(tmp_path / "whole", tmp_path / "killed")
+  assert time.monotonic() - begin < 60
+  return folder / "whole", folder / "killed", flag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["jit", "pmap"])
-def test_a_checkpoint_of_two_processes_goes_on_with_one(tmp_path, launcher):
-  """What two processes of two devices saved at SIGTERM gives the next losses on 1 x 1 and 1 x 8 devices."""
-  steps = 1500  # the notice of SIGTERM takes seconds to go round
-  flags = [f"--launcher={launcher}", "--config.train.checkpoint_every=500", f"--config.train.steps={steps}"]
-  processes = pair(tmp_path / "two", *flags)
-  wait_for(lambda: len(steps_of(tmp_path / "two")) > 2)
-  processes[1].send_signal(signal.SIGTERM)
-  codes, said = finish(*processes)
-  assert codes == [TERMINATED, TERMINATED], said
-  stopped = steps_of(tmp_path / "two")[-1]
-  for devices in (1, 8):
-    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / str(devices)], check=True)
-    codes, said = finish(start(tmp_path / str(devices), *flags, devices=devices))
-    assert codes == [DONE], said
-    assert f"continuing from step {stopped}" in said[0]
-  codes, said = finish(*pair(tmp_path / "two", *flags))
+def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(died, tmp_path):
+  whole, killed, flag = died
+  shutil.copytree(killed, tmp_path / "run")
+  codes, said = finish(*pair(tmp_path / "run", flag))
   assert codes == [DONE, DONE], said
-  losses = {
-    name: [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("two", "1", "8")
-  }
-  assert len(losses["two"]) == steps
-  for name in ("1", "8"):
-    np.testing.assert_allclose(losses[name][: stopped + 5], losses["two"][: stopped + 5], rtol=1e-6)
+  assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_checkpoint_of_two_processes_goes_on_with_one(died, tmp_path, devices):
+  """What two processes of two devices each saved gives the same next losses on 1 x 1 and 1 x 8 devices."""
+  whole, killed, flag = died
+  shutil.copytree(killed, tmp_path / "run")
+  codes, (said,) = finish(start(tmp_path / "run", flag, devices=devices))
+  assert codes == [DONE], said
+  began = int(re.search(r"continuing from step (\d+)", said)[1])
+  assert began >= EVERY
+  losses, expected = ([r["loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "run", whole))
+  assert len(losses) == len(expected) == STEPS
+  np.testing.assert_allclose(losses[: began + 5], expected[: began + 5], rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_processes_with_other_configs_all_name_the_difference(tmp_path):
-  first, second = pair(tmp_path / "run"), None
-  first[1].kill()
-  address = next(part for part in first[0].args if part.startswith("--coordinator"))
-  second = start(tmp_path / "run", address, "--processes=2", "--process=1", "--config.seed=5", devices=2)
-  codes, said = finish(first[0], second)
+  codes, said = finish(*pair(tmp_path / "run", second=["--config.seed=5"]))
   assert codes == [MISTAKE, MISTAKE], said
   for text in said:
     assert "the processes were not started alike: config.seed was 0, is 5 on process 1" in text
 
 
-def test_an_unreachable_coordinator_is_named(tmp_path):
+def test_an_unreachable_coordinator_is_named(tmp_path, capsys):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  process = start(tmp_path / "run", f"--coordinator={address}", "--processes=2", "--process=1", "--timeout=2")
-  (code,), (said,) = finish(process)
-  assert code == FAILED
-  assert address in said
+  joined = [f"--coordinator={address}", "--processes=2", "--process=1", "--timeout=1"]
+  with pytest.raises(SystemExit) as stop:
+    cli.main(["train", f"--workdir={tmp_path / 'run'}", *TINY, *joined])
+  assert stop.value.code == FAILED
+  assert address in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_goes_on(tmp_path):
-  wide = ["--config.network.width=128", "--config.train.log_every=40", "--config.train.checkpoint_every=40"]
-  codes, said = finish(start(tmp_path / "whole", *wide))
-  assert codes == [DONE], said
-  process = start(tmp_path / "run", *wide)
-  wait_for(lambda: (tmp_path / "run" / "checkpoints" / "40").exists())
-  process.send_signal(signal.SIGKILL)
-  finish(process)
-  (code,), (said,) = finish(start(tmp_path / "run", *wide, largest_file=100_000))
+def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_goes_on(whole, tmp_path):
+  run = shutil.copytree(whole, tmp_path / "run")
+  _, *newer = sorted((run / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+  for path in newer:
+    shutil.rmtree(path)
+  seldom = ["--config.train.log_every=40"]  # the metrics fit
+  (code,), (said,) = finish(start(run, *seldom, largest_file=100_000))
   assert code == FAILED, said
   assert "failed (the disk is full or a limit is reached: " in said, said
   assert "stays. Free space and start again to continue from there" in said
   assert "Traceback" not in said
-  codes, said = finish(start(tmp_path / "run", *wide))
+  codes, said = finish(start(run, *seldom))
   assert codes == [DONE], said
-  assert "continuing from step" in said[0]
-  assert_same(tmp_path / "whole", tmp_path / "run")
+  assert f"continuing from step {STEPS - 2 * EVERY}" in said[0]
+  assert_same(whole, run)
 
 
 @pytest.mark.slow
+@pytest.mark.standard_promotion
 def test_two_processes_draw_the_samples_of_one(whole, tmp_path):
-  flags = ["--num=16", "--config.sample.batch_size=8", "--sampler=dpm_solver_pp", "--steps=8"]
+  flags = ["--num=16", "--config.sample.batch_size=8", "--sampler=dpm_solver_pp", "--steps=4"]
   for name in ("one", "two"):
-    subprocess.run(["cp", "-r", whole, tmp_path / name], check=True)
-  own = {"command": "sample", "config": ()}
-  codes, said = finish(*pair(tmp_path / "two", *flags, **own), start(tmp_path / "one", *flags, **own))
-  assert codes == [DONE] * 3, said
+    shutil.copytree(whole, tmp_path / name)
+  codes, said = finish(*pair(tmp_path / "two", *flags, command="sample", config=()))
+  assert codes == [DONE] * 2, said
+  cli.main(["sample", f"--workdir={tmp_path / 'one'}", *flags])
   one, two = (np.load(tmp_path / name / "samples.npz")["x"] for name in ("one", "two"))
   np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
 
@@ -271,10 +273,15 @@ def test_the_launch_file_runs_two_processes(tmp_path):
   scripts = pathlib.Path(sys.executable).parent
   environment = {**os.environ, "JAXDIFF": str(scripts / "jaxdiff"), "PYTHON": sys.executable}
   environment |= {"CONFIG": str(ROOT / "configs" / "toy2d.py"), "WORKDIR": str(tmp_path / "run"), "FSDP": "2"}
-  command = [ROOT / "experiments" / "gpu_node" / "two_processes.sh", *TINY[1:], "--config.network.width=64"]
-  command += ["--config.train.validate_every=60", "--config.train.sample_every=60", "--config.sample.num=16"]
-  command += ["--config.sample.batch_size=8"]
+  command = [
+    ROOT / "experiments" / "gpu_node" / "two_processes.sh",
+    *TINY[1:],
+    "--config.train.steps=20",
+    "--config.sample.num=16",
+  ]
+  command += ["--config.train.validate_every=10", "--config.train.sample_every=10", "--config.sample.batch_size=8"]
+  command += ["--config.sampler.type=ddim", "--config.sampler.grid.steps=4"]
   ended = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240)
   assert ended.returncode == DONE, ended
-  assert sorted(set(steps_of(tmp_path / "run"))) == list(range(1, STEPS + 1))
-  assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000060.png", "00000120.png"]
+  assert sorted(set(steps_of(tmp_path / "run"))) == list(range(1, 21))
+  assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == ["00000010.png", "00000020.png"]
