@@ -4,16 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import Gaussian
+from oracles import Gaussian, compiled
 
 import jaxdiff as jd
 from jaxdiff import editing
 
-KEY = jax.random.key(0)
 SDE = jd.VP()
 DATA = Gaussian(np.array([1.0, -0.5, 0.2]), np.full(3, 0.5))
 LABELLED = DATA, Gaussian(np.array([-1.0, 0.5, 2.0]), np.array([0.2, 0.7, 1.0]))
 IMAGE = np.array([-1.0, 2.0, 0.6])
+
+
+def key():
+  return jax.random.key(0)
+
+
+def drawn(seed, count, data=DATA):
+  """Examples of the data, by NumPy."""
+  return (data.mean + data.std * np.random.default_rng(seed).normal(size=(count, 3))).astype(np.float32)
 
 
 def towards(x, t, center):
@@ -46,9 +54,9 @@ def test_sdedit_has_the_distribution_of_the_exact_posterior(repeats, stochastic)
     sampler = jd.samplers.ancestral(SDE, ts, variance="optimal", data_variance=DATA.std[0] ** 2)
   else:
     sampler = jd.samplers.dpm_solver_pp(SDE, ts)
-  edit = jax.jit(lambda key, x: editing.sdedit(sampler, repeats)(key, x, DATA.score(SDE)))
   count = 4000
-  sample = edit(KEY, jnp.broadcast_to(jnp.asarray(IMAGE, jnp.float32)[None], (count, 3)))
+  edit = lambda key, x: editing.sdedit(sampler, repeats)(key, x, DATA.score(SDE))
+  sample = compiled(edit, key(), np.broadcast_to(IMAGE.astype(np.float32), (count, 3)))
   mean, std = expected(ts, repeats, stochastic)
   assert sample.nfe[0] == sample.status.accepted[0] == repeats * (len(ts) - 1)
   np.testing.assert_allclose(np.mean(sample.x, axis=0), mean, atol=4.5 * std.max() / count**0.5 + 0.001)
@@ -61,37 +69,38 @@ def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
   np.testing.assert_array_equal(editing.lower_part(ts, 1.0), ts)
   np.testing.assert_array_equal(editing.lower_part(ts, 0.6), ts[20:])
   assert list(editing.lower_part([3, 2, 1, 0], 0.67)) == [2, 1, 0]
-  x = DATA.sample(KEY, 64)
-  near = editing.sdedit(jd.samplers.ddim(SDE, editing.lower_part(ts, 0.01)))(KEY, x, DATA.score(SDE))
-  assert 0 < float(jnp.max(jnp.abs(near.x - x))) < 0.02
-  whole = editing.sdedit(jd.samplers.ddim(SDE, ts))(KEY, x, DATA.score(SDE))
-  assert abs(np.corrcoef(whole.x[:, 1], x[:, 1])[0, 1]) < 4.5 / 64**0.5
+  x = drawn(0, 64)
+  samplers = [editing.sdedit(jd.samplers.ddim(SDE, part)) for part in (editing.lower_part(ts, 0.01), ts)]
+  near, whole = compiled(lambda key, x: [edit(key, x, DATA.score(SDE)).x for edit in samplers], key(), x)
+  assert 0 < np.max(np.abs(near - x)) < 0.02
+  assert abs(np.corrcoef(whole[:, 1], x[:, 1])[0, 1]) < 4.5 / 64**0.5
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_sdedit_of_an_example_is_its_own(repeats):
-  """Alone and in another order, by one program; a broken example is named; the path is that of the last repetition."""
+  """In another order, by one program; a broken example is named; the path is that of the last repetition."""
   ts, traces = editing.lower_part(jd.time_grid(SDE, 8), 0.5), []
   edit = editing.sdedit(jd.samplers.reverse_sde(SDE, ts, path=2), repeats)
 
   @jax.jit
-  def run(keys, x, cond):
+  def run(keys, x, center):
     traces.append(1)
-    return edit(keys, x, towards, cond)
+    return edit(keys, x, towards, {"center": center})
 
-  keys, x = jd.example_keys(KEY, 0, 4), DATA.sample(KEY, 4)
-  cond = {"center": jnp.zeros((4, 3)).at[1].set(jnp.nan)}
-  sample = run(keys, x, cond)
-  order = jnp.asarray([2, 3, 0, 0])
-  other = run(keys[order], x[order], {"center": cond["center"][order]})
+  keys, x = jax.random.split(key(), 4), drawn(0, 4)
+  center = np.zeros((4, 3), np.float32)
+  center[1] = np.nan
+  sample = jax.device_get(run(keys, x, center))
+  order = np.array([2, 3, 0, 0])
+  other = run(keys[order], x[order], center[order])
   np.testing.assert_allclose(other.x, sample.x[order], rtol=1e-6)
   assert len(traces) == 1
   assert sample.status.code.tolist() == [0, 2, 0, 0]
   np.testing.assert_array_equal(sample.path[-1][::2], sample.x[::2])
   assert sample.path.shape == (3, 4, 3)
-  np.testing.assert_allclose(edit(KEY, x, towards, cond).x[0], sample.x[0], rtol=1e-5)
-  alone = edit(keys[2:3], x[2:3], towards, {"center": cond["center"][2:3]})
-  np.testing.assert_allclose(alone.x[0], sample.x[2], rtol=1e-5)
+  one_key = compiled(lambda key, x: edit(key, x, towards, {"center": jnp.zeros((4, 3))}).x, key(), x)
+  of_keys = run(jd.example_keys(key(), 0, 4), x, np.zeros((4, 3), np.float32)).x
+  np.testing.assert_allclose(one_key, of_keys, rtol=1e-5)
 
 
 def test_sdedit_counts_the_calls_of_any_score():
@@ -107,7 +116,8 @@ def test_sdedit_counts_the_calls_of_any_score():
       return 2
 
   ts = jd.time_grid(SDE, 4)[2:]
-  sample = editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)(KEY, jnp.ones((1, 2)), Twice())
+  edit = editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)
+  sample = compiled(lambda key, x: edit(key, x, Twice()), key(), np.ones((1, 2), np.float32))
   jax.effects_barrier()
   assert sample.nfe.tolist() == [len(calls)] == [24]
 
@@ -123,19 +133,19 @@ def test_sdedit_counts_the_calls_of_any_score():
     (lambda: editing.sdedit(jd.samplers.probability_flow(SDE)), TypeError, "on a grid of times, .* got function"),
     (lambda: editing.sdedit(3), TypeError, r"must be a function \(key, x, score, cond\) -> Sample, got int"),
     (
-      lambda: editing.sdedit(jd.samplers.ddim_encode(SDE, jd.time_grid(SDE, 4))),
+      lambda: editing.sdedit(jd.samplers.ddim_encode(SDE, [1.0, 0.5])),
       ValueError,
       "sampler must walk from noise to the data, but its times rise",
     ),
     (
-      lambda: editing.sdedit(jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)), 0),
+      lambda: editing.sdedit(jd.samplers.ddim(SDE, [1.0, 0.5]), 0),
       ValueError,
       "repeats must be at least 1, how many times",
     ),
-    (lambda: editing.sdedit(jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)), 1.5), TypeError, "repeats must be an integer"),
+    (lambda: editing.sdedit(jd.samplers.ddim(SDE, [1.0, 0.5]), 1.5), TypeError, "repeats must be an integer"),
   ],
 )
-def test_bad_input_of_sdedit_is_refused(make, error, message, untyped):
+def test_bad_input_of_sdedit_is_refused(make, error, message):
   with pytest.raises(error, match=message):
     make()
 
@@ -156,30 +166,35 @@ def exchanged(x, old, new, t0, t1=1.0):
   return LABELLED[new].flow(SDE, LABELLED[old].flow(SDE, x, t0, t1), t1, t0)
 
 
-@pytest.mark.parametrize("new", [0, 1])
-def test_exchange_converges_to_the_exact_flow_at_the_order_of_ddim(new, x64):
+def test_exchange_converges_to_the_exact_flow_at_the_order_of_ddim(x64):
   """By the same label it returns to the image, by the other it becomes one of its Gaussian."""
-  x, errors = DATA.sample(KEY, 16), []
+  x, errors, t0 = drawn(0, 16).astype(float), [], pair(4)[2]
+  exact = compiled(lambda x: [exchanged(x, 0, new, t0) for new in (0, 1)], x)
   for steps in (100, 400):
-    encode, decode, t0 = pair(steps)
-    edit = jax.jit(lambda x, old, new: editing.exchange(encode, decode)(KEY, x, of_label, old, new))
-    sample = edit(x, {"label": jnp.zeros(16, int)}, {"label": jnp.full(16, new)})
-    assert sample.nfe.tolist() == sample.status.accepted.tolist() == [2 * steps] * 16
-    errors.append(float(jnp.max(jnp.abs(sample.x - exchanged(x, 0, new, t0)))))
-  assert errors[1] < 0.03
-  assert 0.95 < np.log(errors[0] / errors[1]) / np.log(4) < 1.1
+    encode, decode, _ = pair(steps)
+    edit = jax.jit(lambda x, old, new, pair=(encode, decode): editing.exchange(*pair)(key(), x, of_label, old, new))
+    label = lambda new: {"label": np.full(16, new)}
+    samples = [jax.device_get(edit(x, label(0), label(new))) for new in (0, 1)]
+    assert samples[0].nfe.tolist() == samples[0].status.accepted.tolist() == [2 * steps] * 16
+    errors.append([np.max(np.abs(sample.x - flow)) for sample, flow in zip(samples, exact, strict=True)])
+  errors = np.asarray(errors)
+  assert np.all(errors[1] < 0.03)
+  order = np.log(errors[0] / errors[1]) / np.log(4)
+  assert np.all((order > 0.95) & (order < 1.1)), order
 
 
 def test_exchange_gives_the_distribution_of_the_other_label():
   encode, decode = jd.samplers.probability_flow_encode(SDE), jd.samplers.probability_flow(SDE)
-  edit, count = jax.jit(editing.exchange(encode, decode), static_argnums=2), 512
-  label = jnp.arange(count) % 2
-  x = jnp.where(label[:, None] == 0, DATA.sample(KEY, count), LABELLED[1].sample(KEY, count))
-  sample = edit(KEY, x, of_label, {"label": label}, {"label": 1 - label})
-  t0 = float(jd.time_grid(SDE, 1)[-1])
+  count, t0 = 512, pair(4)[2]
+  label = np.arange(count) % 2
+  x = np.where(label[:, None] == 0, drawn(0, count), drawn(1, count, LABELLED[1]))
+  edit = lambda key, x, old, new: editing.exchange(encode, decode)(key, x, of_label, {"label": old}, {"label": new})
+  exact = lambda x: [exchanged(x, old, 1 - old, t0) for old in (0, 1)]
+  run = lambda key, x, old, new: (edit(key, x, old, new), exact(x))
+  sample, flows = compiled(run, key(), x, label, 1 - label)
   for old, data in ((1, LABELLED[0]), (0, LABELLED[1])):
-    made = np.asarray(sample.x[label == old], np.float64)
-    np.testing.assert_allclose(made, exchanged(x[label == old], old, 1 - old, t0), atol=0.01)
+    made = sample.x[label == old].astype(np.float64)
+    np.testing.assert_allclose(made, flows[old][label == old], atol=0.01)
     np.testing.assert_allclose(made.mean(0), data.mean, atol=4.5 * data.std.max() / (count / 2) ** 0.5)
     np.testing.assert_allclose(made.std(0), data.std, rtol=4.5 / count**0.5)
   jd.raise_if_failed(sample)
@@ -187,45 +202,54 @@ def test_exchange_gives_the_distribution_of_the_other_label():
 
 def test_interpolated_images_are_those_of_the_exact_flow():
   """The ends return, in between is the flow of the arc; every image is its own, of a program for all inputs."""
-  (encode, decode, t0), fractions, traces = pair(1600), jnp.linspace(0.0, 1.0, 5), []
+  (encode, decode, t0), traces = pair(1600), []
+  fractions = np.linspace(0.0, 1.0, 5, dtype=np.float32)
 
   @jax.jit
-  def run(keys, first, last, cond):
+  def run(keys, first, last, label):
     traces.append(1)
-    return editing.interpolation(encode, decode)(keys, first, last, fractions, of_label, cond)
+    return editing.interpolation(encode, decode)(keys, first, last, fractions, of_label, {"label": label})
 
-  keys, first, last = jd.example_keys(KEY, 0, 2), DATA.sample(KEY, 2), DATA.sample(jax.random.key(1), 2)
-  sample = run(keys, first, last, {"label": jnp.asarray([0, 1])})
+  @jax.jit
+  def exact(first, last):
+    latents = [jnp.stack([data.flow(SDE, x, t0, 1.0)[i] for i, data in enumerate(LABELLED)]) for x in (first, last)]
+    arcs = jd.samplers.interpolate(*latents, fractions)
+    return [data.flow(SDE, arcs[:, i], 1.0, t0) for i, data in enumerate(LABELLED)]
+
+  keys, first, last = jd.example_keys(key(), 0, 2), drawn(0, 2), drawn(1, 2)
+  sample = jax.device_get(run(keys, first, last, np.array([0, 1])))
   x = sample.x.reshape(5, 2, 3)
   np.testing.assert_allclose(x[0], first, atol=0.012)
   np.testing.assert_allclose(x[-1], last, atol=0.012)
-  latents = [jnp.stack([data.flow(SDE, x, t0, 1.0)[i] for i, data in enumerate(LABELLED)]) for x in (first, last)]
-  arcs = jd.samplers.interpolate(*latents, fractions)
-  for i, data in enumerate(LABELLED):
-    np.testing.assert_allclose(x[:, i], data.flow(SDE, arcs[:, i], 1.0, t0), atol=0.02)
+  for i, flow in enumerate(exact(first, last)):
+    np.testing.assert_allclose(x[:, i], flow, atol=0.02)
   assert sample.nfe.tolist() == [4800] * 10
-  swapped = run(keys[::-1], first[::-1], last[::-1], {"label": jnp.asarray([1, 0])})
+  swapped = jax.device_get(run(keys[::-1], first[::-1], last[::-1], np.array([1, 0])))
   np.testing.assert_allclose(swapped.x.reshape(5, 2, 3)[:, ::-1], x, rtol=1e-5, atol=1e-6)
   assert len(traces) == 1
 
 
 def test_a_broken_encoding_is_named_and_the_path_is_that_of_decoding():
   encode, decode, _ = pair(4, path=2)
-  x = jnp.ones((3, 3)).at[1].set(jnp.nan)
-  sample = editing.exchange(encode, decode)(KEY, x, lambda x, t: -x, {}, {})
+  short, score = jd.samplers.probability_flow_encode(SDE, max_steps=1), lambda x, t: -x
+  x, ones = np.ones((3, 3), np.float32), np.ones((3, 3), np.float32)
+  x[1] = np.nan
+
+  def run(key, x, fractions):
+    between = editing.interpolation(encode, decode)(key, x, ones, fractions, score)
+    return editing.exchange(encode, decode)(key, x, score, {}, {}), between
+
+  sample, between = compiled(run, key(), x, np.array([0.2, 0.7], np.float32))
   assert sample.status.code.tolist() == [0, 2, 0]
   assert sample.path.shape == (3, 3, 3)
-  short = jd.samplers.probability_flow_encode(SDE, max_steps=1)
-  sample = editing.exchange(short, decode)(KEY, jnp.ones((3, 3)), lambda x, t: -x, {}, {})
-  assert sample.status.code.tolist() == [1, 1, 1]
-  between = editing.interpolation(encode, decode)
-  sample = between(KEY, x, jnp.ones((3, 3)), jnp.asarray([0.2, 0.7]), lambda x, t: -x)
-  assert sample.status.code.tolist() == [0, 2, 0] * 2
+  assert between.status.code.tolist() == [0, 2, 0] * 2
+  cut_off = compiled(lambda key, x: editing.exchange(short, decode)(key, x, score, {}, {}), key(), ones)
+  assert cut_off.status.code.tolist() == [1, 1, 1]
 
 
-def test_bad_input_of_exchange_and_interpolation_is_refused(untyped):
+def test_bad_input_of_exchange_and_interpolation_is_refused():
   encode, decode, _ = pair(4)
-  x, score, other = jnp.ones((2, 3)), lambda x, t: -x, jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)[1:])
+  x, score, other = np.ones((2, 3), np.float32), lambda x, t: -x, jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)[1:])
   for make in (editing.exchange, editing.interpolation):
     with pytest.raises(ValueError, match=r"encode must walk from the data to noise, but its times fall from 1.0"):
       make(decode, decode)
@@ -239,35 +263,42 @@ def test_bad_input_of_exchange_and_interpolation_is_refused(untyped):
       make(encode, None)
   edit, between = editing.exchange(encode, decode), editing.interpolation(encode, decode)
   with pytest.raises(ValueError, match="new_cond lacks 'label': pass all conditions"):
-    edit(KEY, x, score, {"label": jnp.zeros(2)}, {"other": jnp.zeros(2)})
+    edit(key(), x, score, {"label": jnp.zeros(2)}, {"other": jnp.zeros(2)})
   with pytest.raises(ValueError, match=r"cond\['label'\] must have one entry per example, \[2, ...\]"):
-    edit(KEY, x, score, {}, {"label": jnp.zeros(3)})
+    edit(key(), x, score, {}, {"label": jnp.zeros(3)})
   with pytest.raises(ValueError, match=r"first and last must have one shape, got \(2, 3\) and \(1, 3\)"):
-    between(KEY, x, x[:1], jnp.zeros(1), score)
+    between(key(), x, x[:1], np.zeros(1), score)
   with pytest.raises(ValueError, match=r"fractions must be a vector \[n\], got shape \(\)"):
-    between(KEY, x, x, 0.5, score)
+    between(key(), x, x, 0.5, score)
 
 
-@pytest.mark.parametrize("chain", [jd.ddpm.Chain(jd.ddpm.linear_betas()), jd.ncsn.Chain(jd.ncsn.geometric_sigmas(20))])
-def test_sdedit_walks_the_lower_part_of_a_chain_to_its_data(chain):
+CHAINS = {
+  "ddpm": lambda: jd.ddpm.Chain(jd.ddpm.linear_betas()),
+  "ncsn": lambda: jd.ncsn.Chain(jd.ncsn.geometric_sigmas(20)),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_sdedit_walks_the_lower_part_of_a_chain_to_its_data(kind):
   """From a level that hides the image the samples are the data's: of one point, exactly that point."""
-  center = jnp.asarray([[0.5, -0.2]])
+  chain, center = CHAINS[kind](), np.array([[0.5, -0.2]], np.float32)
 
   def of_point(x, t):
     alpha, sigma = (value[:, None] for value in chain.sde().marginal(t))
     return (alpha * center - x) / sigma**2
 
   steps = editing.lower_part(np.linspace(chain.steps, 0, 11).astype(int), 0.8)
-  sample = editing.sdedit(jd.samplers.ancestral(chain, steps))(KEY, jnp.ones((3, 2)), of_point)
-  np.testing.assert_allclose(sample.x, jnp.broadcast_to(center, (3, 2)), atol=1e-5)
+  edit = editing.sdedit(jd.samplers.ancestral(chain, steps))
+  sample = compiled(lambda key, x: edit(key, x, of_point), key(), np.ones((3, 2), np.float32))
+  np.testing.assert_allclose(sample.x, np.broadcast_to(center, (3, 2)), atol=1e-5)
   assert sample.nfe.tolist() == [8] * 3
 
 
-def test_sdedit_needs_the_marginals_of_the_process(untyped):
+def test_sdedit_needs_the_marginals_of_the_process():
   class Bare:
     t1 = 1.0
     drift = diffuse = prior_sample = prior_log_prob = lambda self, *_: None
 
-  sampler = jd.samplers.reverse_sde(Bare(), jnp.asarray([1.0, 0.5]))
+  sampler = jd.samplers.reverse_sde(Bare(), [1.0, 0.5])
   with pytest.raises(TypeError, match=r"sampler.sde must be a ScalarSDE, got Bare, which lacks diffusion, marginal"):
     editing.sdedit(sampler)
