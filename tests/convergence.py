@@ -1,4 +1,10 @@
-"""Measured orders: exact errors of samplers on Gaussian data, whose flow and moments are known under every process."""
+"""Measured orders: exact errors of samplers on Gaussian data, whose flow and moments are known under every process.
+
+Each `make` is a function (sde, ts) -> sampler that is made once, at the top of a module: its program serves all grids
+and, of a `switch.Switch`, all processes. A grid of fewer steps goes on beyond the end, to as many as the finest has.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +15,7 @@ import jaxdiff as jd
 from jaxdiff.samplers.fixed_grid import Field
 
 LOG_SNR_END = 4.0
+NORMAL = np.random.default_rng(0).standard_normal((4, 3))
 
 
 def slope(errors, steps):
@@ -16,26 +23,43 @@ def slope(errors, steps):
 
 
 def exact_start(data, sde, n, t):
-  """n states drawn from the exact p_t."""
+  """n states of the exact p_t, up to 4."""
   mean, variance = data.moments(sde, jnp.full(n, t))
-  return mean + jnp.sqrt(variance) * jax.random.normal(jax.random.key(0), mean.shape, mean.dtype)
+  return mean + jnp.sqrt(variance) * jnp.asarray(NORMAL[:n, : mean.shape[1]], mean.dtype)
 
 
-def flow_order(make, sde, steps, kind="log_snr"):
+def even(fraction):
+  return fraction
+
+
+def long_grid(sde, most, n, spacing):
+  """`most + 1` times, those of `n` steps from t1 to the log-SNR of 4 at first, spaced in it by `spacing`."""
+  start = jd.log_snr(sde, jnp.asarray(sde.t1, float))
+  place = spacing(jnp.arange(most + 1.0) / n)
+  return sde.time_of_log_snr(start + (LOG_SNR_END - start) * place).at[0].set(sde.t1)
+
+
+@functools.cache
+def _flow_error(make, most, spacing):
+  data = gaussian()
+
+  @jax.jit
+  def error(sde, n):
+    ts = long_grid(sde, most, n, spacing)
+    x_T = exact_start(data, sde, 4, sde.t1)
+    x = make(sde, ts, path=1)(jax.random.key(0), x_T, data.score(sde)).path[n]
+    return jnp.max(jnp.abs(x - data.flow(sde, x_T, sde.t1, ts[n])))
+
+  return error
+
+
+def flow_order(make, sde, steps, spacing=even):
   """Order at which `make(sde, ts)` approaches the exact flow of anisotropic Gaussian data."""
-  data, t0 = gaussian(), sde.time_of_log_snr(jnp.asarray(LOG_SNR_END))
-  x_T = exact_start(data, sde, 4, sde.t1)
-  exact = data.flow(sde, x_T, sde.t1, t0)
-  errors = []
-  for n in steps:
-    sampler = make(sde, jd.time_grid(sde, n, kind, t0=t0))
-    x = jax.jit(lambda x: sampler(jax.random.key(0), x, data.score(sde)).x)(x_T)
-    errors.append(float(jnp.max(jnp.abs(x - exact))))
-  return slope(errors, steps)
+  return slope([float(_flow_error(make, max(steps), spacing)(sde, n)) for n in steps], steps)
 
 
 def sampled_moments(sampler, data):
-  """Mean and variance `[d]` of the samples from an exact start, by recursion over the steps: no Monte Carlo.
+  """Mean and variance `[steps + 1, d]` of the states from an exact start, by recursion over the steps: no Monte Carlo.
 
   For Gaussian data a step is affine in the state, its memory and its noise, coordinate by coordinate. The maps are
   differences of steps that share their noise; the size of the noise is that of two steps that differ in it alone.
@@ -57,22 +81,29 @@ def sampled_moments(sampler, data):
     offset = jnp.moveaxis(out[:, 0], -1, 0) - noise * z[0][:, None]
     mean = jnp.einsum("dij,dj->di", change, mean) + offset
     covariance = jnp.einsum("dij,djk,dlk->dil", change, covariance, change) + noise[:, :, None] * noise[:, None]
-    return (mean, covariance), None
+    return (mean, covariance), (mean[:, 0], covariance[:, 0, 0])
 
   mean, variance = (value[0] for value in data.moments(sde, sampler.ts[:1]))
   start = jnp.eye(1, size)[0][None]
   first = mean[:, None] * start, variance[:, None, None] * start[:, :, None] * start[:, None]
-  (mean, covariance), _ = jax.lax.scan(step, first, method.nodes)
-  return mean[:, 0], covariance[:, 0, 0]
+  _, (means, variances) = jax.lax.scan(step, first, method.nodes)
+  return jnp.concatenate([mean[None], means]), jnp.concatenate([variance[None], variances])
+
+
+@functools.cache
+def _moment_error(make, most):
+  data = gaussian()
+
+  @jax.jit
+  def error(sde, n):
+    ts = long_grid(sde, most, n, even)
+    exact = data.moments(sde, ts[n][None])
+    found = sampled_moments(make(sde, ts), data)
+    return jnp.max(jnp.stack([jnp.abs(a[n] - b[0]) for a, b in zip(found, exact, strict=True)]))
+
+  return error
 
 
 def weak_order(make, sde, steps):
   """Order at which mean and variance of `make(sde, ts)` approach those of anisotropic Gaussian data."""
-  data, t0 = gaussian(), sde.time_of_log_snr(jnp.asarray(LOG_SNR_END))
-  exact = [value[0] for value in data.moments(sde, t0[None])]
-  errors = []
-  for n in steps:
-    sampler = make(sde, jd.time_grid(sde, n, t0=t0))
-    found = jax.jit(lambda: sampled_moments(sampler, data))()
-    errors.append(max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(found, exact, strict=True)))
-  return slope(errors, steps)
+  return slope([float(_moment_error(make, max(steps))(sde, n)) for n in steps], steps)
