@@ -1,14 +1,16 @@
 """Cascades of Gaussian images of two sizes, whose marginals and conditionals are exact for every level of noise."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import compiled
 
 import jaxdiff as jd
 from jaxdiff import editing
 
-KEY = jax.random.key(0)
 SDE = jd.VP()
 SMALL, LARGE = (1, 2, 1), (2, 4, 1)
 PLACE = np.stack(np.meshgrid(np.arange(2), np.arange(4), indexing="ij"), -1).reshape(8, 2)
@@ -20,6 +22,11 @@ for row, column in PLACE:
 SMALL_COVARIANCE = POOL @ COVARIANCE @ POOL.T
 
 
+def key():
+  return jax.random.key(0)
+
+
+@functools.cache
 def base():
   return jd.samplers.dpm_solver_pp(SDE, jd.time_grid(SDE, 30))
 
@@ -70,13 +77,17 @@ def stage(s):
 def test_a_cascade_of_exact_models_has_the_density_of_the_data(s, x64):
   """For every level of noise; and with the small image it has the covariance that the noise leaves."""
   count = 4000
-  x_T = SDE.prior_sample(KEY, (count, *SMALL))
-  run = jax.jit(lambda x: editing.cascade([base(), stage(s)])(jax.random.key(1), x, (of_small, of_large)))
-  sample, z = run(x_T), jax.jit(base(), static_argnums=2)(KEY, x_T, of_small).x.reshape(count, 2)
+  x_T = np.random.default_rng(0).normal(size=(count, *SMALL))
+
+  def run(key, x_T):
+    first = jax.vmap(jax.random.fold_in, (0, None))(jd.example_keys(key, 0, count), 0)  # as the cascade does
+    return editing.cascade([base(), stage(s)])(key, x_T, (of_small, of_large)), base()(first, x_T, of_small).x, gain(s)
+
+  sample, z, (k, c) = compiled(run, key(), x_T)
+  z = z.reshape(count, 2)
   assert sample.nfe[0] == sample.status.accepted[0] == 60
   close_moments(z, POOL @ MEAN, SMALL_COVARIANCE)
   close_moments(sample.x, MEAN, COVARIANCE)
-  k, c = (np.asarray(value) for value in gain(s))
   cross = np.cov(np.concatenate([z, sample.x.reshape(count, 8)], 1).T)[:2, 2:]
   variances = np.outer(np.diag(SMALL_COVARIANCE), np.diag(COVARIANCE))
   exact = c * SMALL_COVARIANCE @ k.T
@@ -87,9 +98,8 @@ def test_a_cascade_of_exact_models_has_the_density_of_the_data(s, x64):
 def test_a_stage_samples_the_conditional_given_a_noised_image(s, x64):
   """Of one small image: x = m + K (c z - c D m + s eps) and what p(x | z_s, s) leaves."""
   count, z = 4000, np.array([1.5, -1.0])
-  small = jnp.broadcast_to(jnp.asarray(z).reshape(1, *SMALL), (count, *SMALL))
-  sample = jax.jit(lambda small: stage(s)(KEY, small, of_large))(small)
-  k, c = (np.asarray(value) for value in gain(s))
+  small = np.broadcast_to(z.reshape(1, *SMALL), (count, *SMALL))
+  sample, (k, c) = compiled(lambda key, small: (stage(s)(key, small, of_large), gain(s)), key(), small)
   mean = MEAN + k @ (c * (z - POOL @ MEAN))
   close_moments(sample.x, mean, COVARIANCE - c * k @ (POOL @ COVARIANCE) + s**2 * k @ k.T)
 
@@ -114,15 +124,15 @@ def test_examples_are_their_own_and_all_calls_are_counted():
     traces.append(1)
     return chain(s)(keys, x, [told] * 3, {"label": label})
 
-  keys, label = jd.example_keys(KEY, 0, 3), jnp.asarray([0.0, jnp.nan, 1.0])
-  x_T = SDE.prior_sample(keys, (3, 1, 1, 1))
-  sample = run(keys, x_T, label, 0.3)
+  keys, label = jax.random.split(key(), 3), np.array([0.0, np.nan, 1.0], np.float32)
+  x_T = np.random.default_rng(0).normal(size=(3, 1, 1, 1)).astype(np.float32)
+  sample = jax.device_get(run(keys, x_T, label, 0.3))
   assert sample.x.shape == (3, 4, 4, 1)
   assert sample.status.code.tolist() == [0, 2, 0]
   assert sample.nfe.tolist() == [9] * 3
-  order = jnp.asarray([2, 0, 0])
+  order = np.array([2, 0, 0])
   np.testing.assert_allclose(run(keys[order], x_T[order], label[order], 0.3).x, sample.x[order], rtol=1e-6)
-  assert jnp.all(run(keys, x_T, label, 0.4).x[0] != sample.x[0])
+  assert np.all(run(keys, x_T, label, 0.4).x[0] != sample.x[0])
   assert len(traces) == 1
 
   def counted(x, t, **cond):
@@ -138,14 +148,17 @@ def test_examples_are_their_own_and_all_calls_are_counted():
 
 
 def test_a_cascade_of_one_stage_is_its_sampler():
-  sampler, x_T = jd.samplers.reverse_sde(SDE, jd.time_grid(SDE, 3)), jnp.ones((2, 3))
-  first = jax.vmap(jax.random.fold_in, (0, None))(jd.example_keys(KEY, 0, 2), 0)
-  one = editing.cascade([sampler])(KEY, x_T, [lambda x, t: -x])
-  np.testing.assert_array_equal(one.x, sampler(first, x_T, lambda x, t: -x).x)
+  sampler, score = jd.samplers.reverse_sde(SDE, jd.time_grid(SDE, 3)), lambda x, t: -x
+
+  def run(key, x_T):
+    first = jax.vmap(jax.random.fold_in, (0, None))(jd.example_keys(key, 0, 2), 0)
+    return editing.cascade([sampler])(key, x_T, [score]).x, sampler(first, x_T, score).x
+
+  np.testing.assert_array_equal(*compiled(run, key(), np.ones((2, 3), np.float32)))
 
 
-def test_bad_input_of_cascades_is_refused(untyped):
-  score, encode = lambda x, t, **cond: -x, jd.samplers.ddim_encode(SDE, jd.time_grid(SDE, 3))
+def test_bad_input_of_cascades_is_refused():
+  score, encode = lambda x, t, **cond: -x, jd.samplers.ddim_encode(SDE, [1.0, 0.5])
   for s in (-0.1, 1.0, float("nan")):
     with pytest.raises(ValueError, match=r"augmentation must lie in \[0, 1\), the level of noise .* got"):
       stage(s)
@@ -157,42 +170,43 @@ def test_bad_input_of_cascades_is_refused(untyped):
     editing.upsampler(SDE, jd.samplers.ddim, LARGE, "small")
   with pytest.raises(TypeError, match=r"sde is a class: did you forget to call it: VP\(\)"):
     editing.upsampler(jd.VP, base(), LARGE, "small")
-  small, x_T = jnp.zeros((2, *SMALL)), jnp.zeros((2, *SMALL))
+  small = x_T = np.zeros((2, *SMALL), np.float32)
   with pytest.raises(ValueError, match="cond has 'level', which this stage makes itself: leave it out"):
-    stage(0.1)(KEY, small, score, {"level": jnp.zeros(2)})
+    stage(0.1)(key(), small, score, {"level": np.zeros(2, np.float32)})
   with pytest.raises(ValueError, match="stages must hold at least one sampler"):
     editing.cascade([])
   with pytest.raises(TypeError, match=r"stages\[1\] must be a function"):
     editing.cascade([base(), None])
   run = editing.cascade([base(), stage(0.1)])
   with pytest.raises(TypeError, match="scores must be a list or tuple of one score a stage, got function"):
-    run(KEY, x_T, score)
+    run(key(), x_T, score)
   with pytest.raises(ValueError, match="scores must hold one score a stage, 2; got 1"):
-    run(KEY, x_T, [score])
+    run(key(), x_T, [score])
   with pytest.raises(ValueError, match=r"cond\['label'\] must have one entry per example"):
-    run(KEY, x_T, [score, score], {"label": jnp.zeros(3)})
+    run(key(), x_T, [score, score], {"label": np.zeros(3)})
 
 
-def seen_by(cond, most=0.6, key=KEY, count=2000):
+def seen_by(cond, most=0.6, keys=None, count=2000):
   """What a loss and its network are told."""
-  seen = {}
 
   def inner(key, x0, network, cond, u=None):
-    seen.update(key=key, cond=cond, u=u)
-    return jnp.zeros(len(x0)), {"other": jnp.ones(len(x0))}
+    return jnp.zeros(len(x0)), {"key": jax.random.key_data(key), "cond": cond, "other": jnp.ones(len(x0))}
 
-  value, aux = jd.losses.noised_condition(inner, "small", "level", most)(key, jnp.zeros((count, 2)), told, cond)
+  def run(keys, x0, cond):
+    return jd.losses.noised_condition(inner, "small", "level", most)(keys, x0, told, cond)
+
+  value, aux = compiled(run, key() if keys is None else keys, np.zeros((count, 2), np.float32), cond)
   assert value.shape == (count,)
-  assert set(aux) == {"other", "level"}
-  np.testing.assert_array_equal(aux["level"], seen["cond"]["level"])
-  return seen
+  assert set(aux) == {"key", "cond", "other", "level"}
+  np.testing.assert_array_equal(aux["level"], aux["cond"]["level"])
+  return aux
 
 
 def test_training_noises_an_image_by_the_level_that_it_tells():
   count, most = 2000, 0.6
-  small = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, 8).reshape(1, 2, 2, 2), (count, 2, 2, 2))
-  seen = seen_by({"small": small, "label": jnp.arange(count), "level": jnp.full(count, 9.0)}, most)
-  np.testing.assert_array_equal(seen["cond"]["label"], jnp.arange(count))
+  small = np.broadcast_to(np.linspace(-1.0, 1.0, 8, dtype=np.float32).reshape(1, 2, 2, 2), (count, 2, 2, 2))
+  seen = seen_by({"small": small, "label": np.arange(count), "level": np.full(count, 9.0, np.float32)}, most)
+  np.testing.assert_array_equal(seen["cond"]["label"], np.arange(count))
   level = np.asarray(seen["cond"]["level"], np.float64)
   assert level.min() >= 0
   assert level.max() < most
@@ -204,15 +218,16 @@ def test_training_noises_an_image_by_the_level_that_it_tells():
   assert abs(noise.std() - 1) < 4.5 / (2 * noise.size) ** 0.5
   for half in (level < most / 2, level >= most / 2):
     assert abs(noise[half].std() - 1) < 4.5 / (2 * noise[half].size) ** 0.5
-  inner = jax.vmap(jax.random.normal)(jd.example_keys(seen["key"], 0, count))
+  of_key = lambda data: jax.vmap(jax.random.normal)(jd.example_keys(jax.random.wrap_key_data(data), 0, count))
+  inner = compiled(of_key, seen["key"])
   for other in (level, inner):  # each from a key of its own
     assert abs(np.corrcoef(other, noise[:, 0, 0, 0])[0, 1]) < 4.5 / count**0.5
 
 
 def test_the_noise_of_an_example_is_its_own():
-  keys, small = jd.example_keys(KEY, 0, 5), jnp.ones((5, 2, 2, 1))
-  whole = seen_by({"small": small}, key=keys, count=5)["cond"]
-  part = seen_by({"small": small[:2]}, key=keys[3:], count=2)["cond"]
+  keys, small = jax.random.split(key(), 5), np.ones((5, 2, 2, 1), np.float32)
+  whole = seen_by({"small": small}, keys=keys, count=5)["cond"]
+  part = seen_by({"small": small[:2]}, keys=keys[3:], count=2)["cond"]
   for name in ("small", "level"):
     np.testing.assert_allclose(part[name], whole[name][3:], rtol=1e-6)
 
@@ -220,21 +235,21 @@ def test_the_noise_of_an_example_is_its_own():
 def test_two_images_are_noised_independently():
   """One loss around the other: each draws from a key of its own."""
   inner = lambda key, x0, network, cond, u=None: (jnp.zeros(len(x0)), {"noised": jnp.ravel(cond["far"])})
-  loss = jd.losses.noised_condition(inner, "far", "other", 0.6)
-  seen = {}
+  loss = jd.losses.noised_condition(inner, "far", "other level", 0.6)
 
   def between(key, x0, network, cond, u=None):
     value, aux = loss(key, x0, network, cond, u)
-    seen["other"] = aux.pop("level")
-    return value, aux
+    return value, aux | {"other": aux.pop("level")}
 
-  cond = {"near": jnp.zeros((500, 1)), "far": jnp.zeros((500, 1))}
-  for key in (KEY, jd.example_keys(KEY, 0, 500)):
-    _, aux = jd.losses.noised_condition(between, "near", "level", 0.6)(key, jnp.zeros((500, 2)), told, cond)
-    assert abs(np.corrcoef(aux["level"], seen["other"])[0, 1]) < 4.5 / 500**0.5
+  nothing = np.zeros((500, 1), np.float32)
+  cond, x0 = {"near": nothing, "far": nothing}, np.zeros((500, 2), np.float32)
+  run = lambda key, x0, cond: jd.losses.noised_condition(between, "near", "level", 0.6)(key, x0, told, cond)[1]
+  for keys in (key(), jax.random.split(key(), 500)):
+    aux = compiled(run, keys, x0, cond)
+    assert abs(np.corrcoef(aux["level"], aux["other"])[0, 1]) < 4.5 / 500**0.5
 
 
-def test_bad_input_of_noised_conditions_is_refused(untyped):
+def test_bad_input_of_noised_conditions_is_refused():
   loss = jd.losses.denoising(SDE, jd.predictions.noise())
   for most in (0.0, 1.0, -1.0, float("nan")):
     with pytest.raises(ValueError, match=r"most must lie in \(0, 1\), the largest level of noise"):
@@ -244,6 +259,6 @@ def test_bad_input_of_noised_conditions_is_refused(untyped):
   with pytest.raises(TypeError, match="loss is a factory"):
     jd.losses.noised_condition(jd.losses.denoising, "small", "level", 0.5)
   with pytest.raises(ValueError, match=r"cond lacks 'small', the image that is to be noised; it has \['big'\]"):
-    seen_by({"big": jnp.zeros((2, 1))}, count=2)
+    seen_by({"big": np.zeros((2, 1), np.float32)}, count=2)
   with pytest.raises(TypeError, match=r"cond\['small'\] must be floating point, got int32"):
-    seen_by({"small": jnp.zeros((2, 1), int)}, count=2)
+    seen_by({"small": np.zeros((2, 1), np.int32)}, count=2)

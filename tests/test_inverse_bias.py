@@ -4,21 +4,21 @@ Every step of a sampler on Gaussian data is affine in its state and its noises, 
 samples follow from matrices written here by hand; DPS, whose moves are not linear, has the density of one value.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import compiled
 
 import jaxdiff as jd
 from jaxdiff import inverse
 from jaxdiff.inverse.repaint import moves
 
-KEY = jax.random.key(0)
 SDE = jd.VP()
 Y = 1.5
-FIRST = inverse.mask(np.array([1, 0]))
 
 
 class Data(NamedTuple):
@@ -53,8 +53,20 @@ THREE = Data(np.array([0.2, -0.3, 0.1]), np.array([[1.0, 0.8, 0.1], [0.8, 1.0, 0
 ROWS = np.array([[0.5, 1.0, -0.4]])
 
 
+@functools.cache
+def grid(steps):
+  return np.asarray(jd.time_grid(SDE, steps))
+
+
 def levels(ts):
-  return (np.asarray(v, float) for v in SDE.marginal(ts))
+  """alpha and sigma of the default VP, in float64."""
+  integral = 0.1 * np.asarray(ts, float) + 0.5 * 19.9 * np.asarray(ts, float) ** 2
+  return np.exp(-0.5 * integral), np.sqrt(-np.expm1(-integral))
+
+
+def first(d):
+  """The first of d values is measured."""
+  return inverse.mask(np.arange(d) == 0)
 
 
 def guided_moments(data, ts, rows, pull, ancestral=False):
@@ -120,8 +132,9 @@ def projected_moments(data, ts, resamplings=1, jump=1, noise_std=0.0):
 
 def affine_moments(sampler, score, y, d):
   """Mean and covariance for x_T ~ N(0, I) of a deterministic sampler, which is affine: from 0 and unit vectors."""
-  x_T = jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)])
-  x = np.asarray(sampler(KEY, x_T, score, {"measurement": jnp.full((d + 1, *y), Y)}).x)
+  x_T, cond = np.concatenate([np.zeros((1, d)), np.eye(d)]), {"measurement": np.full((d + 1, *y), Y)}
+  run = lambda key, x_T, cond: sampler(key, x_T, score, cond).x
+  x = compiled(run, jax.random.key(0), x_T, cond)
   return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
 
 
@@ -135,7 +148,7 @@ def affine_moments(sampler, score, y, d):
   ids=["pigdm", "pigdm with noise", "reconstruction"],
 )
 def test_samples_of_guided_scores_have_the_moments_of_their_formulas(guide, pull, x64):
-  ts = jd.time_grid(SDE, 30)
+  ts = grid(30)
   operator = inverse.operator(lambda x: x @ jnp.asarray(ROWS.T), (3,))
   found = affine_moments(jd.samplers.ddim(SDE, ts), guide(THREE.score(), operator), (1,), 3)
   for value, expected in zip(found, guided_moments(THREE, ts, ROWS, pull), strict=True):
@@ -143,9 +156,9 @@ def test_samples_of_guided_scores_have_the_moments_of_their_formulas(guide, pull
 
 
 def test_ancestral_samples_of_guided_scores_have_the_moments_of_their_formulas():
-  ts, rows = jd.time_grid(SDE, 20), np.eye(3)[:1]
+  ts, rows = grid(20), np.eye(3)[:1]
   sampler = jd.samplers.ancestral(SDE, ts)
-  score = inverse.reconstruction(THREE.score(), inverse.mask(np.array([1, 0, 0])), 2.0)
+  score = inverse.reconstruction(THREE.score(), first(3), 2.0)
   run = lambda key, x_T, _, cond: sampler(key, x_T, score, cond)
   close(draw(run, None), *guided_moments(THREE, ts, rows, by_weight(2.0), ancestral=True))
 
@@ -173,7 +186,7 @@ def test_the_bias_of_guided_scores_is_as_documented(pull, flow, ancestral):
   exact = PAIR.posterior(rows)
   np.testing.assert_allclose([exact[0][1], exact[1][1, 1]], [0.8 * Y, 0.36])
   for expected, steps in ((flow, False), (ancestral, True)):
-    mean, covariance = guided_moments(PAIR, jd.time_grid(SDE, 1000), rows, pull, steps)
+    mean, covariance = guided_moments(PAIR, grid(1000), rows, pull, steps)
     np.testing.assert_allclose([mean[1] / Y, covariance[1, 1]], expected, atol=0.006)
     np.testing.assert_allclose([mean[0] / Y, covariance[0, 0]], [1, 0], atol=0.005)
 
@@ -188,33 +201,39 @@ def close(samples, mean, covariance):
   assert np.all(np.abs(np.cov(samples.T) - covariance) <= 5 * error + 1e-5), (np.cov(samples.T), covariance)
 
 
+def noise(count, d):
+  return np.random.default_rng(1).normal(size=(count, d)).astype(np.float32)
+
+
 def draw(sampler, score, count=20000, d=3):
-  cond = {"measurement": jnp.full((count, d), Y).at[:, 1:].set(jnp.nan)}
-  x_T = jax.random.normal(jax.random.key(1), (count, d))
-  return np.asarray(jax.jit(lambda x_T, cond: sampler(KEY, x_T, score, cond).x)(x_T, cond), float)
+  y, x_T = np.full((count, d), np.nan, np.float32), noise(count, d)
+  y[:, 0] = Y
+  run = lambda key, x_T, y: sampler(key, x_T, score, {"measurement": y}).x
+  return compiled(run, jax.random.key(0), x_T, y).astype(float)
 
 
 @pytest.mark.parametrize(("resamplings", "jump", "noise_std"), [(1, 1, 0.0), (3, 4, 0.0), (1, 1, 0.3), (2, 5, 0.3)])
 def test_samples_of_projections_have_the_moments_of_their_formulas(resamplings, jump, noise_std):
-  ts = jd.time_grid(SDE, 12)
-  base, first = jd.samplers.ancestral(SDE, ts), inverse.mask(np.array([1, 0, 0]))
+  ts = grid(12)
+  base, known = jd.samplers.ancestral(SDE, ts), first(3)
   if resamplings == 1:
-    sampler = inverse.projected(base, first, noise_std)
+    sampler = inverse.projected(base, known, noise_std)
   else:
-    sampler = inverse.repaint(base, first, resamplings, jump, noise_std)
+    sampler = inverse.repaint(base, known, resamplings, jump, noise_std)
   close(draw(sampler, THREE.score()), *projected_moments(THREE, ts, resamplings, jump, noise_std))
 
 
 def test_what_is_known_has_the_noise_of_its_time():
   """alpha y + sigma z after every move of repaint, leaps back included, in mean and variance."""
-  ts, first = jd.time_grid(SDE, 12), inverse.mask(np.array([1, 0, 0]))
-  sampler = inverse.repaint(jd.samplers.ancestral(SDE, ts, path=1), first, 2, 1)
+  ts = grid(12)
+  sampler = inverse.repaint(jd.samplers.ancestral(SDE, ts, path=1), first(3), 2, 1)
   count = 4000
-  cond = {"measurement": jnp.full((count, 3), Y)}
-  path = jax.jit(lambda x_T: sampler(KEY, x_T, THREE.score(), cond).path)(jnp.zeros((count, 3)))
+  cond = {"measurement": np.full((count, 3), Y, np.float32)}
+  run = lambda key, x_T, cond: sampler(key, x_T, THREE.score(), cond).path[:, :, 0]
+  path = compiled(run, jax.random.key(0), np.zeros((count, 3), np.float32), cond)
   # Down to 1, which leaps back to 0, to 1, down to 2, which leaps back to 1, to 2, ...
   times = np.repeat(np.arange(13), 2)[1:-2]
-  for states, at in zip(np.asarray(path, float)[1:-1, :, 0], times, strict=True):
+  for states, at in zip(path.astype(float)[1:-1], times, strict=True):
     alpha, sigma = levels(ts[at])
     np.testing.assert_allclose(states.mean(), alpha * Y, atol=5 * sigma / np.sqrt(count))
     np.testing.assert_allclose(states.std(), sigma, rtol=5 / np.sqrt(2 * count))
@@ -224,7 +243,7 @@ def test_resampling_brings_projection_to_the_posterior():
   """Of the second value, 0.8 y and 0.36: as documented."""
   found = {}
   for steps, resamplings in ((1000, 1), (250, 1), (250, 3), (250, 10), (250, 20)):
-    mean, covariance = projected_moments(PAIR, jd.time_grid(SDE, steps), resamplings, 10)
+    mean, covariance = projected_moments(PAIR, grid(steps), resamplings, 10)
     found[steps, resamplings] = mean[1] / Y, covariance[1, 1]
   np.testing.assert_allclose(found[1000, 1], (0.50, 0.49), atol=0.005)
   np.testing.assert_allclose(found[250, 10], (0.765, 0.36), atol=0.005)
@@ -236,7 +255,7 @@ def test_resampling_brings_projection_to_the_posterior():
 def test_projection_with_noise_keeps_its_level_under_resampling():
   """The measured value has mean y / (1 + s^2) and variance s^2 / (1 + s^2), the unknown one 0.8 of that and 0.41."""
   exact = PAIR.posterior(np.eye(2)[:1], 0.3)
-  mean, covariance = projected_moments(PAIR, jd.time_grid(SDE, 400), 20, 10, 0.3)
+  mean, covariance = projected_moments(PAIR, grid(400), 20, 10, 0.3)
   np.testing.assert_allclose(mean, exact[0], atol=0.03)
   np.testing.assert_allclose(covariance, exact[1], atol=0.01)
 
@@ -247,13 +266,13 @@ def test_pigdm_samples_the_posterior_of_isotropic_data():
   operator = inverse.operator(lambda x: x @ jnp.asarray(ROWS.T, jnp.float32), (3,))
   score = inverse.pigdm(data.score(), operator, noise_std=0.4, data_variance=0.6)
   count = 4000
-  y = jnp.where(jnp.arange(count) < count // 2, Y, -Y)[:, None]
+  y = np.where(np.arange(count) < count // 2, Y, -Y)[:, None].astype(np.float32)
   sampler = jd.samplers.probability_flow(SDE, rtol=1e-4, atol=1e-4)
-  x_T = SDE.prior_sample(jax.random.key(1), (count, 3))
-  sample = jax.jit(lambda x_T, y: sampler(KEY, x_T, score, {"measurement": y}))(x_T, y)
+  run = lambda key, x_T, y: sampler(key, x_T, score, {"measurement": y})
+  sample = compiled(run, jax.random.key(0), noise(count, 3), y)
   jd.raise_if_failed(sample)
   assert len(np.unique(sample.nfe)) > 1
-  x = np.asarray(sample.x, float)
+  x = sample.x.astype(float)
   mean, covariance = data.posterior(ROWS, 0.4)
   gain = data.covariance @ ROWS.T / (ROWS @ data.covariance @ ROWS.T + 0.16)
   close(x[: count // 2], mean, covariance)
@@ -277,7 +296,7 @@ def dps_density(ts, mean, variance, y, scale, x):
 def test_dps_samples_have_the_density_of_algorithm_1():
   """By quadrature; the posterior N(0.79, 0.18) of a measurement with noise 0.5 is another one."""
   data, y, scale = Data(np.array([0.3]), np.array([[0.64]])), 1.0, 0.3
-  ts = jd.time_grid(SDE, 30, t0=float(SDE.time_of_log_snr(-2 * np.log(0.2))))
+  ts = np.asarray(jd.time_grid(SDE, 30, t0=float(SDE.time_of_log_snr(-2 * np.log(0.2)))))
   x = np.linspace(-6, 6, 601)
   density = dps_density(ts, 0.3, 0.64, y, scale, x)
   dx = x[1] - x[0]
@@ -286,9 +305,9 @@ def test_dps_samples_have_the_density_of_algorithm_1():
   variance = ((x - mean) ** 2 * density).sum() * dx
   sampler = inverse.dps(jd.samplers.ancestral(SDE, ts), inverse.mask(np.array([1])), scale)
   count = 20000
-  x_T = jax.random.normal(jax.random.key(1), (count, 1))
-  cond = {"measurement": jnp.full((count, 1), y)}
-  found = np.asarray(jax.jit(lambda x_T: sampler(KEY, x_T, data.score(), cond).x)(x_T), float)[:, 0]
+  cond = {"measurement": np.full((count, 1), y, np.float32)}
+  run = lambda key, x_T, cond: sampler(key, x_T, data.score(), cond).x[:, 0]
+  found = compiled(run, jax.random.key(0), noise(count, 1), cond).astype(float)
   np.testing.assert_allclose(found.mean(), mean, atol=5 * np.sqrt(variance / count))
   np.testing.assert_allclose(found.var(), variance, rtol=5 * np.sqrt(2 / count))
   for edge in (0.5, 1.0, 1.5):
@@ -298,7 +317,7 @@ def test_dps_samples_have_the_density_of_algorithm_1():
 
 def test_dps_jitters_by_its_scale():
   """A measured value ends evenly spread over y +- scale, whatever the data or the noise of y."""
-  sampler = inverse.dps(jd.samplers.ancestral(SDE, jd.time_grid(SDE, 200)), FIRST, 0.3)
+  sampler = inverse.dps(jd.samplers.ancestral(SDE, grid(200)), first(2), 0.3)
   x = draw(sampler, PAIR.score(), 4000, 2)[:, 0]
   np.testing.assert_allclose(x.mean(), Y, atol=0.02)
   np.testing.assert_allclose(x.std(), 0.3 / np.sqrt(3), rtol=0.05)
