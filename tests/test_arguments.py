@@ -2,9 +2,10 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
-from jaxdiff import arguments, systems
+from jaxdiff import arguments, factory, systems
 from jaxdiff.commands import console
 from jaxdiff.schema import ConfigError
 
@@ -197,3 +198,18 @@ def test_batches_of_an_evaluation_are_those_the_examples_fill():
   with pytest.raises(ConfigError, match="3 examples cannot be split over 8 devices: evaluate more, or use fewer"):
     console.batch_size(16, 3, 8)
   assert [console.batch_size(16, count, 8) for count in (8, 15, 100)] == [8, 8, 16]
+
+
+@pytest.mark.parametrize(
+  ("x", "levels", "message"),
+  [
+    (np.full((40, 4), np.nan, np.float32), None, "NaN"),
+    (np.full((40, 2, 2, 1), 9, np.uint8), 4, "9"),
+    (np.ones((40, 2, 2, 1), np.float32), 4, "integer"),
+  ],
+)
+def test_bad_data_are_named(x, levels, message, tmp_path):
+  np.savez(tmp_path / "x.npz", x=x)
+  data = ["--config.data.type=npz", f"--config.data.path={tmp_path / 'x.npz'}", f"--config.data.levels={levels}"]
+  with pytest.raises(ConfigError, match=f"config.data: .*{message}"):
+    factory.make_source(parsed("train", f"--workdir={tmp_path}", TOY, *data), "train")

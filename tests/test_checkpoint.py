@@ -29,7 +29,6 @@ from jaxdiff.training import (
   load_fingerprint,
   load_params,
 )
-from jaxdiff.training.manifest import manifest
 from jaxdiff.training.metrics import read_metrics
 
 # Orbax leaves coroutines behind when it fails on a damaged file.
@@ -83,7 +82,6 @@ def saved_once(tmp_path_factory):
 
 @pytest.fixture
 def saved(saved_once, tmp_path):
-  """A directory of its own with the checkpoints of steps 1 and 2."""
   return pathlib.Path(shutil.copytree(saved_once, tmp_path / "saved"))
 
 
@@ -135,13 +133,9 @@ def test_restores_on_another_number_of_devices(saved, tmp_path):
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {restored_on}
 
 
-def test_nothing_there_is_none_and_only_the_newest_are_kept(tmp_path):
+def test_nothing_there_is_none_and_only_the_newest_and_every_nth_are_kept(tmp_path):
   assert restore(tmp_path / "new") is None
-  save_steps(tmp_path, steps=(1, 2, 3, 4), keep=2)
-  assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.isdigit()) == ["3", "4"]
-
-
-def test_every_nth_is_kept_for_ever(tmp_path):
+  shutil.rmtree(tmp_path / "new")
   save_steps(tmp_path, steps=(2, 3, 4, 5, 6, 7), keep=2, keep_every=3)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
   assert int(restore(tmp_path).step) == 7
@@ -153,19 +147,19 @@ def truncate(directory, step):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 10])
 
 
+def flip(file, mask):
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= mask
+  file.write_bytes(data)
+
+
 def flip_array_byte(directory, step):
   """In the middle of the compressed values: restores without an error in orbax."""
-  file = array_files(directory, step)[0]
-  data = bytearray(file.read_bytes())
-  data[len(data) // 2] ^= 0x10
-  file.write_bytes(data)
+  flip(array_files(directory, step)[0], 0x10)
 
 
 def flip_metadata_byte(directory, step):
-  file = directory / str(step) / "state" / "manifest.ocdbt"
-  data = bytearray(file.read_bytes())
-  data[len(data) // 2] ^= 0xFF
-  file.write_bytes(data)
+  flip(directory / str(step) / "state" / "manifest.ocdbt", 0xFF)
 
 
 def delete_array_file(directory, step):
@@ -173,7 +167,6 @@ def delete_array_file(directory, step):
 
 
 def change_checksums(directory, step):
-  """As if the values had changed."""
   file = directory / str(step) / "manifest" / "metadata"
   entries = json.loads(file.read_text())
   del entries["__crc32__"]
@@ -195,8 +188,6 @@ def cut_json(name):
 
 
 def change_json(name, was, now):
-  """One byte, and still JSON."""
-
   def change(directory, step):
     file = directory / str(step) / name / "metadata"
     assert was in file.read_text()
@@ -332,24 +323,11 @@ def test_load_params_refuses_other_models_and_empty_directories(saved):
 
 
 def test_wrong_arguments(tmp_path):
-  with pytest.raises(ValueError, match="keep=0"):
-    Checkpoints(tmp_path, {}, keep=0)
-  with pytest.raises(ValueError, match="keep_every=0"):
-    Checkpoints(tmp_path, {}, keep_every=0)
+  for name in ("keep", "keep_every"):
+    with pytest.raises(ValueError, match=f"{name}=0"):
+      Checkpoints(tmp_path, {}, **{name: 0})
   with pytest.raises(TypeError):
     Checkpoints(tmp_path, {"rate": jnp.ones})
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "int32"])
-def test_checksum_is_the_documented_sum_and_sees_one_bit(dtype):
-  values = np.random.default_rng(0).integers(0, 2, (5, 7)).astype(jnp.dtype(dtype))
-  raw = values.view(f"u{values.dtype.itemsize}").ravel()
-  want = sum((2 * j + 1) * int(word) for j, word in enumerate(raw)) % 2**32
-  checksum = lambda x: manifest({"x": jnp.asarray(x)})["['x']"]["checksum"]
-  assert checksum(values) == want
-  changed = values.copy()
-  changed.view(np.uint8).ravel()[-1] ^= 1
-  assert checksum(changed) != want
 
 
 RUN = """

