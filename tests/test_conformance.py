@@ -1,4 +1,7 @@
-"""Every process with every prediction through loss, samplers and likelihood; so with every kind of network."""
+"""Every process with every prediction through loss and sampler; every kind of network through everything.
+
+The file that runs with its annotations executed (`pytest --types`): every public kind of function is entered in it.
+"""
 
 import functools
 import importlib.util
@@ -16,10 +19,13 @@ import jaxdiff as jd
 from jaxdiff import training
 
 pytestmark = pytest.mark.standard_promotion
-WEIGHTS = {
-  name: jax.random.normal(jax.random.key(i), shape) * 0.3
-  for i, (name, shape) in enumerate({"w1": (3, 16), "b1": (16,), "w2": (16, 2), "b2": (2,)}.items())
-}
+X = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+
+
+def weights():
+  rng = np.random.default_rng(1)
+  shapes = {"w1": (3, 16), "b1": (16,), "w2": (16, 2), "b2": (2,)}
+  return {name: 0.3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def plain(params, x, t):
@@ -63,17 +69,20 @@ def haiku_network():
     h = jnp.concatenate([x, t[:, None]], axis=-1)
     return hk.Linear(2, name="outer")(jnp.tanh(hk.Linear(16, name="inner")(h)))
 
-  parts = {name: {"w": WEIGHTS[f"w{i}"], "b": WEIGHTS[f"b{i}"]} for i, name in ((1, "inner"), (2, "outer"))}
+  w = weights()
+  parts = {name: {"w": w[f"w{i}"], "b": w[f"b{i}"]} for i, name in ((1, "inner"), (2, "outer"))}
   return {"haiku": (hk.without_apply_rng(hk.transform(net)).apply, parts)}
 
 
+@functools.cache
 def networks():
   """(apply, params) of the same function, four ways."""
-  w = WEIGHTS
+  w = weights()
   dense = lambda i: {"kernel": w[f"w{i}"], "bias": w[f"b{i}"]}
-  module = Nnx()
-  module.a.kernel[...], module.a.bias[...] = w["w1"], w["b1"]
-  module.b.kernel[...], module.b.bias[...] = w["w2"], w["b2"]
+  module = nnx.eval_shape(Nnx)
+  for layer, i in ((module.a, 1), (module.b, 2)):
+    layer.kernel.set_value(jnp.asarray(w[f"w{i}"]))
+    layer.bias.set_value(jnp.asarray(w[f"b{i}"]))
   graph, state = nnx.split(module)
   return haiku_network() | {
     "plain": (plain, w),
@@ -83,156 +92,183 @@ def networks():
   }
 
 
-def everything(sde, prediction, apply, t0=None, solves=True):
-  """One function of (params, key, x) through the loss and both samplers and the log-density, or without the solves."""
+def loss_and_samples(sde, prediction, apply, t0):
+  """One function of (params, key, x) through the loss and a sampler, from a draw of the prior."""
   loss = jd.losses.denoising(sde, prediction, t0=t0)
   step = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 8, t0=t0))
-  flow = jd.samplers.probability_flow(sde, 1e-2, 1e-2, t0=t0)
-  log_prob = jd.likelihood.log_prob(sde, rtol=1e-2, atol=1e-2, t0=t0)
 
   def run(params, key, x):
     score = jd.score_fn(apply, params, sde, prediction)
-    network = lambda x, t: apply(params, x, t)
     x_T = sde.prior_sample(key, x.shape).astype(x.dtype)
-    result = {"loss": loss(key, x, network)[0], "reverse_sde": step(key, x_T, score).x}
-    if solves:
-      result |= {"probability_flow": flow(key, x_T, score).x, "log_prob": log_prob(key, x, score).value}
-    return result
+    return {"loss": loss(key, x, functools.partial(apply, params))[0], "reverse_sde": step(key, x_T, score).x}
 
   return run
 
 
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
-@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS.keys())
-def test_every_process_and_prediction_is_finite_and_traced_once(sde, prediction):
-  """The solves see a score only: they run with every process once, and with every prediction once."""
-  traces = []
+@pytest.mark.parametrize("name", SDES)
+def test_every_process_and_prediction_is_finite_and_traced_once(name):
+  """One program for all predictions. The solves see a score only: they are not multiplied."""
+  sde, traces = SDES[name], []
 
   def apply(params, x, t):
     traces.append(1)
     return plain(params, x, t)
 
-  solves = sde is SDES["vp"] or prediction is PREDICTIONS["edm"]
-  run = jax.jit(everything(sde, prediction, apply, t0=0.02 * sde.t1, solves=solves))
-  x = jax.random.normal(jax.random.key(0), (4, 2))
-  first = run(WEIGHTS, jax.random.key(1), x)
+  each = {name: loss_and_samples(sde, prediction, apply, 0.02 * sde.t1) for name, prediction in PREDICTIONS.items()}
+  run = jax.jit(lambda params, key, x: {name: f(params, key, x) for name, f in each.items()})
+  first = run(weights(), jax.random.key(1), X)
   count = len(traces)
-  second = run(jax.tree.map(lambda w: 1.1 * w, WEIGHTS), jax.random.key(2), x)
+  second = run(jax.tree.map(lambda w: np.float32(1.1) * w, weights()), jax.random.key(2), X)
   assert len(traces) == count
-  for name in first:
-    assert jnp.all(jnp.isfinite(first[name])), name
-    assert jnp.all(first[name] != second[name]), name
+  for prediction, values in first.items():
+    for key, value in values.items():
+      assert np.all(np.isfinite(value)), (prediction, key)
+      assert np.all(np.asarray(value) != np.asarray(second[prediction][key])), (prediction, key)
+
+
+@functools.cache
+def everything(sde, apply):
+  """A jitted function of (params, key, x): loss and its gradient, both samplers, log-density."""
+  prediction = jd.predictions.edm(0.5)
+  short = loss_and_samples(sde, prediction, apply, 0.05)
+  flow = jd.samplers.probability_flow(sde, 1e-2, 1e-2, t0=0.05)
+  log_prob = jd.likelihood.log_prob(sde, rtol=1e-2, atol=1e-2, t0=0.05)
+
+  @jax.jit
+  def run(params, key, x):
+    def loss(params):
+      result = short(params, key, x)
+      return jnp.sum(result["loss"]), result
+
+    gradient, result = jax.grad(loss, has_aux=True)(params)
+    score = jd.score_fn(apply, params, sde, prediction)
+    norm = jnp.stack([jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(gradient)]).sum()
+    solves = {"probability_flow": flow(key, x, score).x, "log_prob": log_prob(key, x, score).value}
+    return result | solves | {"gradient": norm}
+
+  return run
+
+
+def results(kind="plain", sde=jd.VP()):
+  apply, params = networks()[kind]
+  return everything(sde, apply)(params, jax.random.key(1), X)
 
 
 KINDS = ["linen", "nnx", "equinox", *haiku_network()]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_network_gives_the_same_numbers(name):
-  sde, prediction, x = jd.VP(), jd.predictions.edm(0.5), jax.random.normal(jax.random.key(0), (4, 2))
-  results = []
-  for kind in ("plain", name):
-    apply, params = networks()[kind]
-    run = jax.jit(everything(sde, prediction, apply))
-    gradient = jax.jit(jax.grad(lambda p, run=run: jnp.sum(run(p, jax.random.key(1), x)["loss"])))(params)
-    results.append((run(params, jax.random.key(1), x), sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))))
-  (expected, norm), (values, other_norm) = results
-  for key in expected:
-    np.testing.assert_allclose(values[key], expected[key], rtol=1e-4, atol=1e-4, err_msg=key)
-  np.testing.assert_allclose(other_norm, norm, rtol=1e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_network_gives_the_same_numbers(kind):
+  values = results(kind)
+  for name, expected in results().items():
+    np.testing.assert_allclose(values[name], expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_trainer_takes_every_kind_of_network(name):
-  """Three steps of momentum with averages leave the parameters that they leave of plain functions."""
-  loss, x = jd.losses.denoising(jd.VP(), jd.predictions.noise()), jax.random.normal(jax.random.key(0), (8, 2))
-  moved = []
-  for kind in ("plain", name):
-    apply, params = networks()[kind]
-    objective = lambda params, key, batch, apply=apply: loss(
-      key, batch["x"], functools.partial(apply, params), u=batch["u"]
-    )
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    step = jax.jit(training.make_train_step(objective, optimizer, 0.9, 8))
+@functools.cache
+def trained(kind):
+  """Three steps of momentum with averages: shapes, sums and squares of the parameters, and of their averages."""
+  apply, params = networks()[kind]
+  loss, optimizer = jd.losses.denoising(jd.VP(), jd.predictions.noise()), optax.sgd(0.1, momentum=0.9)
+  objective = lambda params, key, batch: loss(key, batch["x"], functools.partial(apply, params), u=batch["u"])
+  train_step = training.make_train_step(objective, optimizer, 0.9, 4)
+
+  @jax.jit
+  def run(params, x):
     state = training.init_state(params, optimizer, jax.random.key(1))
-    for _ in range(3):
-      state, metrics = step(state, {"x": x}, jnp.arange(8))
-    assert not metrics["skipped"]
-    for tree in (state.params, state.ema_params):
-      moved.append(sorted((leaf.shape, leaf.sum().item(), (leaf**2).sum().item()) for leaf in jax.tree.leaves(tree)))
-  for expected, value in zip(moved[:2], moved[2:], strict=True):
+    state, metrics = jax.lax.scan(lambda state, _: train_step(state, {"x": x}, jnp.arange(4)), state, length=3)
+    return state.params, state.ema_params, metrics["skipped"]
+
+  *moved, skipped = jax.tree.map(np.asarray, run(params, X))
+  assert not np.any(skipped)
+  return [sorted((leaf.shape, leaf.sum(), (leaf**2).sum()) for leaf in jax.tree.leaves(tree)) for tree in moved]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trainer_takes_every_kind_of_network(kind):
+  """The parameters that are left are those of plain functions."""
+  for expected, value in zip(trained("plain"), trained(kind), strict=True):
     assert [shape for shape, *_ in value] == [shape for shape, *_ in expected]
     np.testing.assert_allclose([rest for _, *rest in value], [rest for _, *rest in expected], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(sum(square for *_, square in value), sum((w**2).sum() for w in weights().values()))
 
 
-def test_vmap_over_processes_and_grad_through_everything():
-  """The process is a pytree too: four VPs at once, and the derivative of a log-density by beta_max."""
-  processes = jax.vmap(lambda b: jd.VP(beta_max=b))(jnp.linspace(5.0, 20.0, 4))
-  x = jnp.ones((2, 2))
+def test_vmap_over_processes_and_grad_through_everything(x64):
+  """The process is a pytree too: two VPs at once, and the derivatives of a log-density by beta_max, in closed form."""
+  t0, top = 0.01, np.array([5.0, 20.0])
+  x = np.array([[1.0, 1.0], [0.5, -1.0]])
 
   def value(sde):
-    log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-3, 1e-3, t0=0.01)
-    return log_prob(jax.random.key(0), x, lambda x, t: -1.5 * x).value.sum()
+    log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-7, 1e-7, t0=t0)
+    return log_prob(jax.random.key(0), jnp.asarray(x), lambda x, t: -1.5 * x).value.sum()
 
-  values = jax.jit(jax.vmap(value))(processes)
-  one = jax.jit(value)(jd.VP(beta_max=20.0))
-  np.testing.assert_allclose(values[-1], one, rtol=1e-4)
-  assert jnp.isfinite(jax.jit(jax.grad(value))(jd.VP(beta_max=20.0)).beta_max)
+  processes = jd.VP(jnp.full(2, 0.1), jnp.asarray(top))
+  values, slopes = jax.jit(jax.vmap(jax.value_and_grad(value)))(processes)
+
+  def exact(top):
+    b = 0.1 * (1 - t0) + 0.5 * (top - 0.1) * (1 - t0**2)  # x' = beta x / 4
+    return np.sum(-0.5 * (x**2) * np.exp(0.5 * b) - 0.5 * np.log(2 * np.pi) + 0.25 * b)
+
+  np.testing.assert_allclose(values, [exact(v) for v in top], rtol=1e-5)
+  h = 1e-5
+  np.testing.assert_allclose(slopes.beta_max, [(exact(v + h) - exact(v - h)) / (2 * h) for v in top], rtol=1e-4)
+
+
+class Mine:
+  """A user's process without inheritance: a plain class with the methods of the protocol."""
+
+  t1 = 1.0
+
+  def drift(self, x, t):
+    return jd.VP().drift(x, t)
+
+  def diffuse(self, t, v):
+    return jd.VP().diffuse(t, v)
+
+  def diffusion(self, t):
+    return jd.VP().diffusion(t)
+
+  def marginal(self, t):
+    return jd.VP().marginal(t)
+
+  def time_of_log_snr(self, log_snr):
+    return jd.VP().time_of_log_snr(log_snr)
+
+  def prior_sample(self, key, shape):
+    return jd.VP().prior_sample(key, shape)
+
+  def prior_log_prob(self, z):
+    return jd.VP().prior_log_prob(z)
+
+
+jax.tree_util.register_static(Mine)
 
 
 def test_a_user_s_own_process_works_everywhere():
-  """No inheritance: a plain class with the methods of the protocol."""
+  mine = results(sde=Mine())
+  for name, expected in results().items():
+    np.testing.assert_allclose(mine[name], expected, rtol=1e-5, err_msg=name)
 
-  class Mine:
-    t1 = 1.0
 
-    def drift(self, x, t):
-      return jd.VP().drift(x, t)
-
-    def diffuse(self, t, v):
-      return jd.VP().diffuse(t, v)
-
-    def diffusion(self, t):
-      return jd.VP().diffusion(t)
-
-    def marginal(self, t):
-      return jd.VP().marginal(t)
-
-    def time_of_log_snr(self, log_snr):
-      return jd.VP().time_of_log_snr(log_snr)
-
-    def prior_sample(self, key, shape):
-      return jd.VP().prior_sample(key, shape)
-
-    def prior_log_prob(self, z):
-      return jd.VP().prior_log_prob(z)
-
-  jax.tree_util.register_static(Mine)
-  x = jax.random.normal(jax.random.key(0), (4, 2))
-  mine, theirs = (
-    everything(sde, jd.predictions.noise(), plain, t0=0.05)(WEIGHTS, jax.random.key(1), x) for sde in (Mine(), jd.VP())
-  )
-  for name in mine:
-    np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5, err_msg=name)
+def half(params, x, t):
+  low = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.bfloat16), params)
+  return plain(low, *(v.astype(jnp.bfloat16) for v in (x, t)))
 
 
 def test_half_precision_network_leaves_schedules_and_state_alone():
-  half = lambda params, x, t: plain(
-    jax.tree.map(lambda w: w.astype(jnp.bfloat16), params), *(v.astype(jnp.bfloat16) for v in (x, t))
-  )
-  x = jax.random.normal(jax.random.key(0), (4, 2))
-  run = lambda apply: everything(jd.VP(), jd.predictions.edm(0.5), apply, t0=0.02)(WEIGHTS, jax.random.key(1), x)
-  low, high = run(half), run(plain)
-  for name in low:
-    assert low[name].dtype == jnp.float32
-    median = np.median(np.abs(low[name] - high[name])) / np.std(high[name])
-    assert median < 0.1, name
+  low, high = everything(jd.VP(), half)(weights(), jax.random.key(1), X), results()
+  assert len(low) == 5
+  for name, value in low.items():
+    assert value.dtype == jnp.float32
+    if value.ndim:
+      median = np.median(np.abs(np.asarray(value) - high[name])) / np.std(high[name])
+      assert median < 0.1, name
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_prior_drawn_by_pmap_and_jit_are_the_same_images():
   """The example of the design: keys one per example, eight devices."""
   sde = jd.VP()
-  sampler = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 10))
+  sampler = jd.samplers.reverse_sde(sde, jd.time_grid(sde, 8))
 
   def draw(params, keys):
     k_prior, k_path = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -240,6 +276,61 @@ def test_prior_drawn_by_pmap_and_jit_are_the_same_images():
     return sampler(k_path, sde.prior_sample(k_prior, (len(keys), 2)), score).x
 
   keys = jd.example_keys(jax.random.key(0), 0, 16)
-  together = jax.jit(draw)(WEIGHTS, keys)
-  apart = jax.pmap(draw, in_axes=(None, 0))(WEIGHTS, keys.reshape(8, 2))
+  together = jax.jit(draw)(weights(), keys)
+  apart = np.asarray(jax.pmap(draw, in_axes=(None, 0))(weights(), keys.reshape(8, 2)))
   np.testing.assert_allclose(apart.reshape(16, 2), together, rtol=1e-4, atol=1e-5)
+
+
+def entries():
+  """(what is called, the shape of its result), one of every public kind of function that is not entered above."""
+  sde, ts, key = jd.VP(), jnp.asarray([1.0, 0.5, 0.1]), jax.random.key(0)
+  score, chain = lambda x, t, **cond: -x, jd.ddpm.Chain(jd.ddpm.linear_betas())
+  cld, flow = jd.CLD(), jd.flow.cnf(solver="rk4", num_steps=2)
+  cld_score = jd.cld.score_fn(lambda _, u, t: u[..., 0], None, cld)
+  sampled = lambda sampler: lambda x: sampler(key, x, score).x
+  lost = lambda loss: lambda x: loss(key, x, score)[0]
+  guided = lambda score: lambda x: score(x, 0.5, label=jnp.zeros(4, jnp.int32))
+  log_prob = jd.likelihood.log_prob(sde, jd.divergence.hutchpp(1, 2), max_steps=1)
+  autoencoder = jd.typing.Autoencoder(lambda x: (x, x), lambda z: z)
+  samplers = {
+    "ddim": jd.samplers.ddim(sde, ts),
+    "dpm_solver": jd.samplers.dpm_solver(sde, ts),
+    "dpm_solver_pp": jd.samplers.dpm_solver_pp(sde, ts),
+    "unipc": jd.samplers.unipc(sde, ts),
+    "edm": jd.samplers.edm(sde, ts),
+    "ancestral": jd.samplers.ancestral(chain),
+    "adaptive_sde": jd.samplers.adaptive_sde(sde, max_steps=2),
+    "langevin": jd.samplers.langevin(0.1, 2),
+  }
+  losses = {
+    "ddpm_simple": jd.losses.ddpm_simple(chain),
+    "ddpm_elbo": jd.losses.ddpm_elbo(chain),
+    "explicit": jd.losses.explicit(score),
+    "implicit": jd.losses.implicit(),
+    "sliced": jd.losses.sliced(),
+    "bound": jd.losses.bound(sde),
+    "ffjord": jd.losses.ffjord(solver="rk4", num_steps=2),
+    "hybrid": lambda key, x, _: jd.losses.hybrid(cld)(key, x, lambda u, t: u[..., 0]),
+  }
+  return (
+    {name: (sampled(sampler), (4, 2)) for name, sampler in samplers.items()}
+    | {name: (lost(loss), (4,)) for name, loss in losses.items()}
+    | {
+      "classifier": (guided(jd.guidance.classifier(score, lambda x, t, label: -jnp.sum(x**2, axis=1), 1.0)), (4, 2)),
+      "autoguidance": (guided(jd.guidance.autoguidance(score, score, 2.0)), (4, 2)),
+      "bits_per_dim": (lambda x: jd.likelihood.bits_per_dim(log_prob, 4)(key, jnp.int32(x), score).value, (4,)),
+      "inverse of a flow": (lambda x: flow.inverse(key, x, score).x, (4, 2)),
+      "log_prob of a flow": (lambda x: flow.log_prob(key, x, score).value, (4,)),
+      "perturb": (lambda x: jd.perturb(key, x, 0.5, sde)[0], (4, 2)),
+      "cld.perturb": (lambda x: jd.cld.perturb(key, x, 0.5, cld)[0], (4, 2, 2)),
+      "cld.score_fn": (lambda x: cld_score(jnp.stack([x, x], axis=2), 0.5), (4, 2, 2)),
+      "latents": (lambda x: jd.latents.entropy(jd.latents.posterior(autoencoder, x)), (4,)),
+      "reverse": (lambda x: jd.reverse(sde, score, 1.0)[0](x, 0.5), (4, 2)),
+    }
+  )
+
+
+def test_every_public_kind_of_function_returns_its_shape():
+  for name, (call, shape) in entries().items():
+    result = jax.eval_shape(call, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    assert (result.shape, result.dtype) == (shape, jnp.float32), name
