@@ -1,10 +1,13 @@
 """Attention against a naive one in numpy; masks, precision, both modes of differentiation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from oracles import compiled
 
 from jaxdiff.models.attention import CrossAttention, attention
 
@@ -36,49 +39,57 @@ def arrays():
 def test_attention_is_the_naive_one_in_float64(arrays, x64):
   """To rounding: a softmax in float32 would be off by 1e-7."""
   *tensors, mask = arrays
-  y = attention(*map(jnp.asarray, tensors), jnp.asarray(mask))
+  full, run = np.ones_like(mask), lambda q, k, v, mask: (attention(q, k, v, mask), attention(q, k, v))
+  y, unmasked = compiled(run, *arrays)
   np.testing.assert_allclose(y, naive(*arrays), rtol=1e-13, atol=1e-14)
-  full = np.ones_like(mask)
-  np.testing.assert_allclose(attention(*map(jnp.asarray, tensors)), naive(*tensors, full), rtol=1e-13, atol=1e-14)
+  np.testing.assert_allclose(unmasked, naive(*tensors, full), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_is_that_of_jax(arrays, dtype):
-  *tensors, mask = (jnp.asarray(array) if array.dtype == bool else jnp.asarray(array, dtype) for array in arrays)
-  theirs = jax.nn.dot_product_attention(*tensors, mask=mask[:, None, None, :], implementation="xla")
-  ours = attention(*tensors, mask)
+  *tensors, mask = (array if array.dtype == bool else array.astype(jnp.dtype(dtype)) for array in arrays)
+  of_jax = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+  run = lambda q, k, v, mask: (attention(q, k, v, mask), of_jax(q, k, v, mask=mask[:, None, None, :]))
+  ours, theirs = compiled(run, *tensors, mask)
   assert ours.dtype == theirs.dtype
   tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
   np.testing.assert_allclose(ours.astype("float32"), theirs.astype("float32"), rtol=tolerance, atol=tolerance)
 
 
 def test_masked_tokens_have_no_influence_on_any_bit(arrays):
-  query, key, value, mask = (jnp.asarray(array, np.float32 if array.dtype != bool else bool) for array in arrays)
-  run = jax.jit(jax.value_and_grad(lambda key, value: jnp.sum(attention(query, key, value, mask) ** 3), (0, 1)))
-  other = jnp.where(mask[:, :, None, None], 0.0, 1e3 * jnp.asarray(normal(3, *key.shape, dtype=np.float32)))
-  plain, (key_gradient, value_gradient) = run(key, value)
-  changed, gradients = run(key + other, value - other)
+  query, key, value = (array.astype(np.float32) for array in arrays[:3])
+  mask = arrays[3]
+
+  @jax.jit
+  def run(key, value):
+    masked = lambda key, value: jnp.sum(attention(query, key, value, mask) ** 3)
+    return *jax.value_and_grad(masked, (0, 1))(key, value), attention(query, key, value)
+
+  other = np.where(mask[:, :, None, None], np.float32(0), 1e3 * normal(3, *key.shape, dtype=np.float32))
+  plain, before, unmasked = jax.device_get(run(key, value))
+  changed, gradients, unmasked_changed = jax.device_get(run(key + other, value - other))
   np.testing.assert_array_equal(changed, plain)
-  for gradient, same in zip(gradients, (key_gradient, value_gradient), strict=True):
+  for gradient, same in zip(gradients, before, strict=True):
     np.testing.assert_array_equal(gradient, same)
-    reached = jnp.all(jnp.any(gradient != 0, axis=-1), axis=-1)
+    reached = np.all(np.any(gradient != 0, axis=-1), axis=-1)
     np.testing.assert_array_equal(reached[:2], mask[:2])  # one token alone has the weight 1 whatever its key
-  unmasked = attention(query, key + other, value - other)
-  assert jnp.abs(unmasked - attention(query, key, value)).max() > 1
+  assert np.abs(unmasked_changed - unmasked).max() > 1
 
 
 def test_both_modes_of_differentiation_agree_with_differences(arrays, x64):
-  *tensors, mask = map(jnp.asarray, arrays)
-  f = lambda query, key, value: attention(query, key, value, mask)
-  directions = [jnp.asarray(normal(seed, *tensor.shape)) for seed, tensor in enumerate(tensors, start=4)]
-  _, tangent = jax.jvp(f, tensors, directions)
-  step = 1e-6
-  plus, minus = (f(*(x + s * step * d for x, d in zip(tensors, directions, strict=True))) for s in (1, -1))
+  *tensors, mask = arrays
+  directions = [normal(seed, *tensor.shape) for seed, tensor in enumerate(tensors, start=4)]
+  cotangent, step = normal(8, *tensors[0].shape), 1e-6
+
+  def run(tensors, directions):
+    f = lambda *tensors: attention(*tensors, mask)
+    moved = lambda s: f(*(x + s * d for x, d in zip(tensors, directions, strict=True)))
+    return jax.jvp(f, tensors, directions)[1], moved(step), moved(-step), jax.vjp(f, *tensors)[1](cotangent)
+
+  tangent, plus, minus, gradients = compiled(run, tensors, directions)
   np.testing.assert_allclose(tangent, (plus - minus) / (2 * step), rtol=1e-7, atol=1e-8)
-  cotangent = jnp.asarray(normal(8, *tangent.shape))
-  gradients = jax.vjp(f, *tensors)[1](cotangent)
   pairs = zip(gradients, directions, strict=True)
-  np.testing.assert_allclose(sum(jnp.vdot(g, d) for g, d in pairs), jnp.vdot(cotangent, tangent), rtol=1e-12)
+  np.testing.assert_allclose(sum(np.vdot(g, d) for g, d in pairs), np.vdot(cotangent, tangent), rtol=1e-12)
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -86,7 +97,7 @@ def test_cross_attention_equals_the_textbook_formula(biases, x64):
   layer = CrossAttention(HEADS, 2, jnp.float64, jnp.float64, 1e-5, biases, skip_rescale=biases)
   x, tokens = normal(9, 3, 2, 4, 8), normal(10, 3, 5, 6)
   mask = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x), jnp.asarray(tokens), jnp.asarray(mask))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x, tokens, mask)
   leaves, tree = jax.tree.flatten(shapes)
   p = tree.unflatten([normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])["params"]
   groups = x.reshape(3, 8, 2, 4)
@@ -100,5 +111,5 @@ def test_cross_attention_equals_the_textbook_formula(biases, x64):
   key, value = (a.reshape(3, 5, 2, 4) for a in np.split(product(tokens, p["key_value"]), 2, axis=-1))
   y = naive(query, key, value, mask).reshape(3, 8, 8) @ p["output"]["kernel"] + p["output"]["bias"]
   expected = (x + y.reshape(x.shape)) / np.sqrt(2.0 if biases else 1.0)
-  z = layer.apply({"params": jax.tree.map(jnp.asarray, p)}, jnp.asarray(x), jnp.asarray(tokens), jnp.asarray(mask))
+  z = compiled(layer.apply, {"params": p}, x, tokens, mask)
   np.testing.assert_allclose(z, expected, rtol=1e-12, atol=1e-12)

@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jaxdiff.models import convolution as module
 from jaxdiff.models.convolution import convolution
 
-X = jax.random.normal(jax.random.key(0), (8, 7, 5, 3))
-W = jax.random.normal(jax.random.key(1), (3, 3, 3, 2))
-TANGENTS = 0.3 * X, 0.2 * W
+X = np.random.default_rng(0).normal(size=(8, 7, 5, 3)).astype(np.float32)
+W = np.random.default_rng(1).normal(size=(3, 3, 3, 2)).astype(np.float32)
+TANGENTS = np.float32(0.3) * X, np.float32(0.2) * W
+PADDINGS = "SAME", "VALID", ((2, 0), (0, 1))
 ORDER = ("NHWC", "HWIO", "NHWC")
 
 
@@ -39,32 +40,50 @@ def compare(derivative, *arguments):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
+def at_paddings(conv, x, w):
+  return [jax.value_and_grad(loss, (1, 2))(conv, x, w, padding) for padding in PADDINGS]
+
+
+@functools.cache
+def expected_at_paddings():
+  return jax.device_get(jax.jit(functools.partial(at_paddings, of_lax))(X, W))
+
+
 @pytest.mark.usefixtures("band")
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (0, 1))])
-def test_gradients_are_those_of_lax(padding):
-  compare(lambda conv, x, w: jax.value_and_grad(loss, (1, 2))(conv, x, w, padding), X, W)
+def test_gradients_are_those_of_lax():
+  found = jax.jit(functools.partial(at_paddings, convolution))(X, W)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  jax.tree.map(close, jax.device_get(found), expected_at_paddings())
 
 
 def test_both_modes_of_every_order():
-  gradient = lambda conv: lambda x, w: jax.grad(loss, (1, 2))(conv, x, w)
-  slope = lambda conv: lambda x, w: jax.jvp(functools.partial(loss, conv), (x, w), TANGENTS)[1]
-  compare(lambda conv, x, w: slope(conv)(x, w), X, W)
-  compare(lambda conv, x, w: jax.jvp(gradient(conv), (x, w), TANGENTS)[1], X, W)
-  compare(lambda conv, x, w: jax.grad(slope(conv), (0, 1))(x, w), X, W)
-  norm = lambda conv: lambda x, w: sum(jnp.sum(g**2) for g in gradient(conv)(x, w))
-  compare(lambda conv, x, w: jax.grad(norm(conv), (0, 1))(x, w), X, W)
+  def every(conv, x, w):
+    gradient = lambda x, w: jax.grad(loss, (1, 2))(conv, x, w)
+    slope = lambda x, w: jax.jvp(functools.partial(loss, conv), (x, w), TANGENTS)[1]
+    norm = lambda x, w: sum(jnp.sum(g**2) for g in gradient(x, w))
+    second = jax.jvp(gradient, (x, w), TANGENTS)[1]
+    return slope(x, w), second, jax.grad(slope, (0, 1))(x, w), jax.grad(norm, (0, 1))(x, w)
+
+  compare(every, X, W)
 
 
 def test_mapped_looped_and_rematerialized():
-  gradient = lambda conv: lambda x, w: jax.grad(loss, (1, 2))(conv, x, w)
-  images, kernels = jnp.stack([X, 2 * X], 1), jnp.stack([W, 1 + W])
-  compare(lambda conv, x, w: jax.vmap(gradient(conv), (1, None))(x, w), images, W)
-  compare(lambda conv, x, w: jax.vmap(gradient(conv), (None, 0))(x, w), X, kernels)
-  step = lambda conv: lambda w, _: (w - 0.01 * gradient(conv)(X, w)[1], None)
-  compare(lambda conv, w: jax.lax.scan(step(conv), w, None, length=3)[0], W)
-  compare(lambda conv, x, w: jax.grad(jax.checkpoint(functools.partial(loss, conv)), (0, 1))(x, w), X, W)
+  images, kernels = np.stack([X, 2 * X], 1), np.stack([W, 1 + W])
+
+  def every(conv, x, w, images, kernels):
+    gradient = lambda x, w: jax.grad(loss, (1, 2))(conv, x, w)
+    step = lambda w, _: (w - 0.01 * gradient(x, w)[1], None)
+    return (
+      jax.vmap(gradient, (1, None))(images, w),
+      jax.vmap(gradient, (None, 0))(x, kernels),
+      jax.lax.scan(step, w, None, length=3)[0],
+      jax.grad(jax.checkpoint(functools.partial(loss, conv)), (0, 1))(x, w),
+    )
+
+  compare(every, X, W, images, kernels)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_sharded_by_jit_and_by_shard_map():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   images = jax.device_put(X, jax.sharding.NamedSharding(mesh, P("data")))
@@ -97,19 +116,25 @@ def test_within_loops_of_the_cpu_all_convolutions_have_the_fast_order():
 
 def test_strides_dilations_groups_and_types_are_left_to_lax():
   compare(lambda conv, x, w: jax.grad(loss, (1, 2))(conv, x, w, "SAME", (2, 2)), X, W)
-  dilated = convolution(X, W, (1, 1), "SAME", rhs_dilation=(2, 2))
-  np.testing.assert_array_equal(
-    dilated, jax.lax.conv_general_dilated(X, W, (1, 1), "SAME", rhs_dilation=(2, 2), dimension_numbers=ORDER)
+  lax = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=ORDER)
+  grouped = np.concatenate([W, W[..., :1]], axis=3)[:, :, :1]
+  run = lambda conv: (
+    conv(X, W, (1, 1), "SAME", rhs_dilation=(2, 2)),
+    conv(X, grouped, (1, 1), "SAME", feature_group_count=3),
   )
-  grouped = convolution(X, jnp.concatenate([W, W[..., :1]], axis=3)[:, :, :1], (1, 1), "SAME", feature_group_count=3)
-  assert grouped.shape == X.shape
+  jax.tree.map(np.testing.assert_array_equal, *jax.jit(lambda: (run(convolution), run(lax)))())
 
 
 def test_bands_of_bfloat16_are_summed_in_float32(monkeypatch):
   monkeypatch.setattr(module, "_BAND", 1)
-  x, g = (1 + 0.1 * jax.random.normal(jax.random.key(k), (1, 96, 4, c)) for k, c in ((0, 3), (1, 2)))
+  x, g = (1 + 0.1 * np.random.default_rng(c).normal(size=(1, 96, 4, c)).astype(np.float32) for c in (3, 2))
   half = lambda a: a.astype(jnp.bfloat16)
-  ours = jax.vjp(lambda w: convolution(half(x), w, (1, 1), "SAME"), half(W))[1](half(g))[0]
-  exact = jax.vjp(lambda w: of_lax(x, w, (1, 1), "SAME"), W)[1](g)[0]
+
+  @jax.jit
+  def both(x, w, g):
+    ours = jax.vjp(lambda w: convolution(half(x), w, (1, 1), "SAME"), half(w))[1](half(g))[0]
+    return ours, jax.vjp(lambda w: of_lax(x, w, (1, 1), "SAME"), w)[1](g)[0]
+
+  ours, exact = jax.device_get(both(x, W, g))
   assert ours.dtype == jnp.bfloat16
-  np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0.006)  # bfloat16 rounds by 0.004
+  np.testing.assert_allclose(ours.astype(np.float32), exact, rtol=0.006)  # bfloat16 rounds by 0.004
