@@ -1,6 +1,7 @@
 """Learned and fixed -log-SNR: pinned ends, monotone, and the process they define."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,78 +15,96 @@ from jaxdiff.schedules import Gamma, monotone_network
 from jaxdiff.training import make_optimizer
 
 
-def wild(width=16):
-  """A network far from its start."""
-  keys = jax.random.split(jax.random.key(3), 4)
-  return jax.tree.map(
-    lambda leaf, key: leaf + 2 * jax.random.normal(key, leaf.shape, leaf.dtype),
-    monotone_network(width),
-    jax.tree.unflatten(jax.tree.structure(monotone_network(width)), keys),
-  )
+@functools.cache
+def start(width=16):
+  """A network at its start."""
+  return jax.tree.map(np.asarray, monotone_network(width))
 
 
-@pytest.mark.parametrize("interior", [monotone_network(), wild()], ids=["start", "wild"])
+def wild():
+  """A network far from it."""
+  rng = np.random.default_rng(3)
+  return jax.tree.map(lambda leaf: leaf + 2 * rng.normal(size=leaf.shape).astype(leaf.dtype), start())
+
+
+INTERIORS = pytest.mark.parametrize("interior", [start, wild])
+
+
+@INTERIORS
 def test_a_learned_schedule_rises_between_its_ends(interior):
-  gamma, t = Gamma(-8.0, 3.0, interior), jnp.linspace(0.0, 1.0, 1001)
-  value = gamma(t)
+  t = np.linspace(0.0, 1.0, 1001, dtype=np.float32)
+  run = jax.jit(lambda interior, t: (Gamma(-8.0, 3.0, interior)(t), Gamma(-8.0, 3.0, interior)(jnp.float32(0.3))))
+  value, alone = jax.tree.map(np.asarray, run(interior(), t))
   assert value[0] == -8.0
   assert value[-1] == 3.0
-  assert jnp.all(jnp.diff(value) > 0)
-  np.testing.assert_allclose(gamma(jnp.float32(0.3)), value[300], rtol=1e-5)
+  assert np.all(np.diff(value) > 0)
+  np.testing.assert_allclose(alone, value[300], rtol=1e-5)
 
 
 def test_it_starts_nearly_straight():
-  t = jnp.linspace(0.0, 1.0, 101)
-  np.testing.assert_allclose(monotone_network()(t), t, atol=0.01)
+  t = np.linspace(0.0, 1.0, 101, dtype=np.float32)
+  np.testing.assert_allclose(jax.jit(lambda network, t: network(t))(start(), t), t, atol=0.01)
 
 
 def test_ends_hold_through_training_of_the_interior():
   """200 steps of Adam that pull the middle up: it moves, the ends stay to the last digit."""
-  interior, optimizer = monotone_network(8), optax.adam(0.05)
-  state = optimizer.init(interior)
+  optimizer = optax.adam(0.05)
 
-  @jax.jit
-  def step(interior, state):
+  def step(carry, _):
+    interior, state = carry
     gradient = jax.grad(lambda i: (Gamma(-8.0, 3.0, i)(jnp.float32(0.5)) - 2.0) ** 2)(interior)
     with jax.numpy_dtype_promotion("standard"):
       updates, state = optimizer.update(gradient, state)
-    return optax.apply_updates(interior, updates), state
+    return (optax.apply_updates(interior, updates), state), None
 
-  for _ in range(200):
-    interior, state = step(interior, state)
-  gamma = Gamma(-8.0, 3.0, interior)(jnp.asarray([0.0, 0.5, 1.0]))
-  np.testing.assert_array_equal(gamma[jnp.asarray([0, 2])], [-8.0, 3.0])
+  @jax.jit
+  def run(interior):
+    (interior, _), _ = jax.lax.scan(step, (interior, optimizer.init(interior)), None, length=200)
+    return Gamma(-8.0, 3.0, interior)(jnp.asarray([0.0, 0.5, 1.0]))
+
+  gamma = np.asarray(run(start(8)))
+  np.testing.assert_array_equal(gamma[[0, 2]], [-8.0, 3.0])
   assert gamma[1] > 1.5
 
 
+SQUARE = Partial(lambda t: t**2)
+
+
 @pytest.mark.parametrize(
-  "gamma",
-  [Gamma(), Gamma(-6.0, 4.0, wild()), Gamma(-6.0, 4.0, Partial(lambda t: t**2)), Partial(lambda t: 12 * t - 7)],
+  "make",
+  [Gamma, lambda: Gamma(-6.0, 4.0, wild()), lambda: Gamma(-6.0, 4.0, SQUARE), lambda: Partial(lambda t: 12 * t - 7)],
   ids=["straight", "learned", "square", "own"],
 )
-def test_the_process_solves_its_moment_equations(gamma, x64):
+def test_the_process_solves_its_moment_equations(make, x64):
   """d alpha / dt = f alpha, d sigma^2 / dt = 2 f sigma^2 + g^2, at 20 times; alpha^2 + sigma^2 = 1."""
-  sde = jd.VariancePreserving(gamma)
-  t = jnp.linspace(0.01, 0.99, 20)
-  (alpha, sigma), (alpha_rate, sigma_rate) = jax.jvp(sde.marginal, (t,), (jnp.ones_like(t),))
-  drift = sde.drift(jnp.ones((20, 1)), t)[:, 0]
+  t = np.linspace(0.01, 0.99, 20)
+
+  @jax.jit
+  def run(sde, t):
+    drift = sde.drift(jnp.ones((20, 1)), t)[:, 0]
+    log_snr = jd.log_snr(sde, t)
+    rates = jax.jvp(sde.marginal, (t,), (jnp.ones_like(t),))
+    return rates, drift, sde.diffusion(t), log_snr, sde.time_of_log_snr(log_snr), sde.gamma(t)
+
+  result = jax.tree.map(np.asarray, run(jd.VariancePreserving(make()), t))
+  ((alpha, sigma), (alpha_rate, sigma_rate)), drift, diffusion, log_snr, again, gamma = result
   np.testing.assert_allclose(alpha_rate, drift * alpha, rtol=1e-9)
-  np.testing.assert_allclose(2 * sigma * sigma_rate, 2 * drift * sigma**2 + sde.diffusion(t) ** 2, rtol=1e-9)
+  np.testing.assert_allclose(2 * sigma * sigma_rate, 2 * drift * sigma**2 + diffusion**2, rtol=1e-9)
   np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
-  np.testing.assert_allclose(jd.log_snr(sde, t), -gamma(t), rtol=1e-9, atol=1e-9)
-  np.testing.assert_allclose(sde.time_of_log_snr(jd.log_snr(sde, t)), t, rtol=1e-8)
+  np.testing.assert_allclose(log_snr, -gamma, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(again, t, rtol=1e-8)
 
 
-def test_it_works_with_grids_samplers_and_likelihood():
-  """N(0, I) data under a learned schedule: the log-density is that of the prior, the samples are normal."""
+def test_it_works_with_grids_and_likelihood():
+  """N(0, I) data under a learned schedule: the log-density is that of the prior."""
   sde, score = jd.VariancePreserving(Gamma(-6.0, 4.0, wild())), lambda x, t: -x
   log_prob = jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-4, 1e-4)
-  x = jax.random.normal(jax.random.key(0), (4, 2))
-  np.testing.assert_allclose(
-    jax.jit(lambda x: log_prob(jax.random.key(0), x, score).value)(x), sde.prior_log_prob(x), rtol=1e-3
-  )
+  x = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+  run = jax.jit(lambda x: (log_prob(jax.random.key(0), x, score).value, sde.prior_log_prob(x)))
+  value, expected = run(x)
+  np.testing.assert_allclose(value, expected, rtol=1e-3)
   ts = jd.time_grid(sde, 20)
-  np.testing.assert_allclose(jnp.diff(jd.log_snr(sde, ts)), 0.5, rtol=1e-3)
+  np.testing.assert_allclose(np.diff(jax.jit(lambda ts: jd.log_snr(sde, ts))(ts)), 0.5, rtol=1e-3)
 
 
 def test_the_schedule_is_trained_through_the_process():
@@ -99,22 +118,28 @@ def test_the_schedule_is_trained_through_the_process():
     return jnp.sum(score(jnp.ones((2, 3)), 0.3))
 
   gradient = jax.jit(jax.grad(value))(gamma)
-  assert all(jnp.all(leaf != 0) for leaf in jax.tree.leaves(gradient))
+  assert all(np.all(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradient))
 
 
 def test_networks_see_the_noise_level_with_log_snr_time():
   """The same input at the same noise level, whatever the schedule and the prediction."""
-  for prediction in (jd.predictions.noise, jd.predictions.data, jd.predictions.velocity, jd.predictions.score):
+  makers = (jd.predictions.noise, jd.predictions.data, jd.predictions.velocity, jd.predictions.score)
+
+  @jax.jit
+  def run(x):
     seen = []
 
-    def network(params, x, t, seen=seen):
-      seen.append(float(t[0]))
+    def network(params, x, t):
+      seen.append(t[0])
       return x
 
     for sde in (jd.VP(), jd.CosineVP(), jd.VariancePreserving(Gamma(-6.0, 6.0, wild()))):
       t = sde.time_of_log_snr(jnp.float32(2.0))
-      jd.score_fn(network, None, sde, prediction(log_snr_time=True))(jnp.ones((1, 2)), t)
-    np.testing.assert_allclose(seen, -2.0 / 8, rtol=1e-5)
+      for prediction in makers:
+        jd.score_fn(network, None, sde, prediction(log_snr_time=True))(x, t)
+    return jnp.stack(seen)
+
+  np.testing.assert_allclose(run(np.ones((1, 2), np.float32)), np.full(12, -2.0 / 8), rtol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["adam", "muon"])

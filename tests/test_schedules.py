@@ -14,18 +14,19 @@ KINDS = pytest.mark.parametrize("kind", ["log_snr", "uniform", "karras"])
 
 @EACH
 @KINDS
-@pytest.mark.parametrize("steps", [1, 7, 1000])
-def test_grids_decrease_from_prior_to_data(sde, kind, steps):
-  ts = jd.time_grid(sde, steps, kind)
-  assert ts.shape == (steps + 1,)
-  assert ts[0] == jnp.float32(sde.t1)
-  assert ts[-1] == start_time(sde, None, 2e-3)
-  assert jnp.all(ts[1:] < ts[:-1])
+def test_grids_decrease_from_prior_to_data(sde, kind):
+  for steps in (1, 1000):
+    ts = np.asarray(jd.time_grid(sde, steps, kind))
+    assert ts.shape == (steps + 1,)
+    assert ts[0] == np.float32(sde.t1)
+    assert ts[-1] == float(start_time(sde, None, 2e-3))
+    assert np.all(ts[1:] < ts[:-1])
 
 
 @EACH
 def test_grids_are_even_in_what_they_say(sde, x64):
   def gaps(values):
+    values = np.asarray(values)
     return np.diff(values) / (values[-1] - values[0])
 
   alpha, sigma = sde.marginal(jd.time_grid(sde, 10, "karras"))
@@ -67,23 +68,23 @@ def test_bad_grids_are_refused(arguments, message, untyped):
     jd.time_grid(jd.VP(), **arguments)
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-7, 0.3, 1.0, 8.0])
-def test_invert_finds_the_root_and_its_derivative(value, x64):
-  cube = lambda scale: lambda t: scale * t**3
-  root = lambda scale, v: schedules.invert(cube(scale), v, 0.0, 2.0)
-  value, scale = jnp.asarray(value), jnp.asarray(1.0)
-  np.testing.assert_allclose(root(scale, value), np.cbrt(value), rtol=1e-6, atol=1e-15)
-  if 0 < value < 8:
-    by_scale, by_value = jax.grad(root, argnums=(0, 1))(scale, value)
-    np.testing.assert_allclose(by_scale, -np.cbrt(value) / 3, rtol=1e-5)
-    np.testing.assert_allclose(by_value, np.cbrt(value) / value / 3, rtol=1e-5)
+def test_invert_finds_the_root_and_its_derivative(x64):
+  root = lambda scale, v: schedules.invert(lambda t: scale * t**3, v, 0.0, 2.0)
+  run = jax.jit(jax.vmap(jax.value_and_grad(root, argnums=(0, 1)), in_axes=(None, 0)))
+  values = np.array([0.0, 1e-7, 0.3, 1.0, 8.0])
+  found, (by_scale, by_value) = jax.tree.map(np.asarray, run(1.0, values))
+  exact, inside = np.cbrt(values), slice(1, 4)
+  np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-15)
+  np.testing.assert_allclose(by_scale[inside], -exact[inside] / 3, rtol=1e-5)
+  np.testing.assert_allclose(by_value[inside], exact[inside] / values[inside] / 3, rtol=1e-5)
 
 
 def test_invert_is_clipped_to_the_interval():
-  values = jnp.asarray([-1.0, 3.0])
-  np.testing.assert_array_equal(schedules.invert(lambda t: t, values, 0.0, 2.0), [0.0, 2.0])
+  values = np.float32([-1.0, 3.0])
+  np.testing.assert_array_equal(jax.jit(lambda v: schedules.invert(lambda t: t, v, 0.0, 2.0))(values), [0.0, 2.0])
 
 
 def test_invert_has_all_digits_of_roots_near_zero():
-  root = 10.0 ** -jnp.arange(1.0, 30.0, 4.0)
-  np.testing.assert_allclose(schedules.invert(jnp.log, jnp.log(root), 0.0, 1.0), root, rtol=1e-5)
+  root = np.float32(10.0 ** -np.arange(1.0, 30.0, 4.0))
+  found = jax.jit(lambda root: schedules.invert(jnp.log, jnp.log(root), 0.0, 1.0))(root)
+  np.testing.assert_allclose(found, root, rtol=1e-5)
