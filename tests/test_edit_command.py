@@ -189,8 +189,6 @@ def test_results_far_outside_of_images_are_told_with_a_remedy(folder, capsys):
   error = capsys.readouterr().err
   assert re.search(r"jaxdiff: warning: \d+% of the values lie outside \[-1.5, 1.5\]", error)
   assert "the input is probably not blurred by so much; try a lower --blur than 1.5" in error
-  edit(folder / "plain", *flags, "--degrade")
-  assert "warning" not in capsys.readouterr().err
   cli.main(["sample", f"--workdir={folder / 'labels'}", "--label=2", "--guidance=1000"])
   assert re.search(r"warning: \d+% of the values .* try a lower --guidance, or", capsys.readouterr().err)
 

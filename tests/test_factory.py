@@ -85,10 +85,18 @@ def test_config_survives_json(toy, tmp_path):
   assert factory.read(tmp_path / "config.json") == config
 
 
-def test_identity_ignores_what_does_not_change_the_training(toy):
-  same = changed(changed(toy, "sample.num", 7), "train.log_every", 3)
-  assert factory.identity(same) == factory.identity(toy)
-  assert factory.identity(changed(toy, "train.steps", 7)) != factory.identity(toy)
+def test_identity_is_what_changes_the_training_and_nothing_else(toy):
+  train = {"batch_size": 8, "steps": 7, "ema_decay": 0.5, "ema_lengths": (0.1,), "random_flip": True}
+  train |= {"drop_conditions": 0.1}
+  deciding = {"seed": 1, "optimizer.learning_rate": 1.0, "loss.weight": {"type": "noise"}, "data.noise": 0.5}
+  deciding |= {"network.width": 7, "sde.beta_max": 9.0, "prediction.sigma_data": 0.3}
+  for path, value in (deciding | {f"train.{name}": value for name, value in train.items()}).items():
+    assert factory.identity(changed(toy, path, value)) != factory.identity(toy), path
+  free = {"log_every": 3, "checkpoint_every": 9, "keep": 1, "launcher": "pmap", "fsdp": 2, "microbatches": 2}
+  free |= {"steps_per_dispatch": 2, "validate_every": 5, "sample_every": 5, "max_skipped": 3}
+  other = functools.reduce(lambda config, item: changed(config, f"train.{item[0]}", item[1]), free.items(), toy)
+  other |= {"sampler": {"type": "ddim"}, "sample": {"num": 7}, "likelihood": {}, "evaluate": {"num": 9}}
+  assert factory.identity(other) == factory.identity(toy)
 
 
 @pytest.mark.parametrize(
