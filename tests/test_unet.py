@@ -13,13 +13,14 @@ from jaxdiff.models import UNet, presets
 from jaxdiff.models.conditioning import Embedding, Image, Label
 from jaxdiff.models.layers import sinusoidal_embedding
 
-SMALL = {"channels": 8, "blocks": 1, "groups": 4, "attention_levels": (1,)}
+SMALL = {"channels": 8, "blocks": 1, "groups": 4}
 KINDS = {
   "ddpm": UNet(**SMALL, modulation="add", all_biases=True, resampling="conv"),
   "ncsnpp": UNet(
     **SMALL,
     modulation="add",
     all_biases=True,
+    attention_levels=(1,),
     up_attention="level",
     resampling="fir",
     resample_in_blocks=True,
@@ -42,6 +43,7 @@ KINDS = {
   ),
   "adm": UNet(
     **SMALL,
+    attention_levels=(1,),
     head_channels=4,
     all_biases=True,
     norm_epsilon=1e-5,
@@ -175,7 +177,7 @@ PERIODIC = {
 
 def shifts(fields):
   """The output of a network without attention for a shifted input, beside the shifted output, and of what size."""
-  net = UNet(channels=4, blocks=1, groups=2, middle_attention=False, **fields)
+  net = UNet(channels=4, blocks=0, groups=2, middle_attention=False, **fields)
   x = normal(3, 2, 8, 8, 3)
   params = networks.moved(net, x, T)
   shift = lambda x: np.roll(x, (2, -4), axis=(1, 2))

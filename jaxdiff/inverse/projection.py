@@ -53,8 +53,10 @@ class Projection:
     known = expand(alpha, self.y) * self.y
     if z is not None:
       known = known + expand(jnp.sqrt(jnp.maximum(room, 0.0)), self.y) * apply(z)
-    # In this order, so that what a mask knows is exactly that.
-    rest = x - pseudo_inverse(self.operator, apply(x), self.own)
+    # In this order, so that what a mask knows is exactly that; compared, because x - x need not be 0 where a compiler
+    # fuses the difference with the product that x is (a multiply-add does not round the product).
+    back = pseudo_inverse(self.operator, apply(x), self.own)
+    rest = jnp.where(back == x, 0.0, x - back)
     return jnp.where(room >= 0, rest + pseudo_inverse(self.operator, known, self.own), x)
 
   def at_data(self, x: State) -> State:
@@ -136,7 +138,8 @@ def consistent(sampler: Any, operator: Operator) -> Any:
     >>> sde, operator = jd.VP(), jd.inverse.mask(jnp.asarray([1, 0]))
     >>> sampler = jd.inverse.consistent(jd.samplers.ddim(sde, jd.time_grid(sde, 20)), operator)
     >>> score = jd.inverse.pigdm(lambda x, t: -x, operator, sde=sde)
-    >>> float(sampler(jax.random.key(0), jnp.ones((1, 2)), score, {"measurement": jnp.full((1, 2), 0.5)}).x[0, 0])
+    >>> restore = jax.jit(lambda key, x_T, y: sampler(key, x_T, score, {"measurement": y}))
+    >>> float(restore(jax.random.key(0), jnp.ones((1, 2)), jnp.full((1, 2), 0.5)).x[0, 0])
     0.5
   """
   checks.made("sampler", sampler)
