@@ -13,7 +13,7 @@ from jaxdiff.parallel import jit_launcher, make_mesh, replicate
 from jaxdiff.training import init_state, make_train_step
 
 BATCH, WIDTH = 24, 5
-INDEX = jnp.arange(BATCH, dtype=jnp.int32)
+INDEX = np.arange(BATCH, dtype=np.int32)
 X = np.random.default_rng(0).normal(size=(BATCH, WIDTH)).astype(np.float32)
 
 
@@ -26,7 +26,8 @@ def noisy(params, keys, batch):
 
 
 def start(optimizer, **options):
-  params = {"in": jnp.ones((WIDTH, 8)) / 3, "out": jnp.linspace(-1, 1, 8 * WIDTH).reshape(8, WIDTH)}
+  params = {"in": np.full((WIDTH, 8), 1 / 3), "out": np.linspace(-1, 1, 8 * WIDTH).reshape(8, WIDTH)}
+  params = jax.tree.map(lambda p: p.astype(np.float32), params)
   return init_state(params, optimizer, jax.random.key(0), **options)
 
 
@@ -46,6 +47,7 @@ def test_microbatches_change_nothing_but_rounding(monkeypatch, microbatches, loo
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.params, other.params)
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("launch", ["jit", "shard_map", "pmap"])
 def test_microbatches_on_four_devices(monkeypatch, launch):
   """Each device takes part of its own rows: nothing is moved, and the sums are those of one device."""
@@ -81,7 +83,7 @@ def test_microbatches_on_four_devices(monkeypatch, launch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.params, other.params)
 
 
-def test_microbatches_must_divide():
+def test_microbatches_must_divide(eight_devices):
   optimizer = optax.sgd(0.1)
   for wrong in (0, 5):
     with pytest.raises(ValueError, match=f"microbatches={wrong}: must be a divisor of global_batch=24"):

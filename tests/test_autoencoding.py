@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from oracles import compiled
 
 from jaxdiff import keys, latents, losses, quantization
 from jaxdiff.losses import autoencoding, observations
@@ -44,10 +45,12 @@ DATA = np.random.default_rng(1).normal(size=(3, DIMENSION))
 def expected(monkeypatch, network, beta=1.0):
   """The exact mean of the loss: that of a quadratic in the noise, which is its mean over +- sqrt(k) e_i."""
   points = math.sqrt(LATENTS) * np.concatenate([np.eye(LATENTS), -np.eye(LATENTS)])
-  noise = jnp.asarray(np.tile(points, (len(DATA), 1)))
-  monkeypatch.setattr(keys, "normal", lambda key, shape, dtype: noise.astype(dtype).reshape(shape))
-  x = jnp.asarray(np.repeat(DATA, 2 * LATENTS, axis=0))
-  value, aux = losses.vae(observations.gaussian(STD), beta)(jax.random.key(0), x, network)
+  noise = np.tile(points, (len(DATA), 1))
+  monkeypatch.setattr(keys, "normal", lambda key, shape, dtype: jnp.asarray(noise, dtype).reshape(shape))
+  x = np.repeat(DATA, 2 * LATENTS, axis=0)
+  value, aux = compiled(
+    lambda key, x: losses.vae(observations.gaussian(STD), beta)(key, x, network), jax.random.key(0), x
+  )
   mean = lambda v: np.asarray(v).reshape(len(DATA), -1).mean(1)
   return mean(value), jax.tree.map(mean, aux)
 
@@ -80,7 +83,7 @@ def test_the_vae_draws_its_latents_from_the_posterior():
   """The mean over keys is the exact likelihood within four standard errors; keys belong to examples."""
   network, exact, _ = linear_gaussian()
   loss = jax.jit(lambda key, x: losses.vae(observations.gaussian(STD))(key, x, network)[0])
-  x = jnp.broadcast_to(jnp.asarray(DATA[:1], jnp.float32), (20_000, DIMENSION))
+  x = np.broadcast_to(DATA[:1].astype(np.float32), (20_000, DIMENSION))
   with jax.numpy_dtype_promotion("standard"):
     values = np.asarray(loss(jax.random.key(0), x), np.float64)
     some = loss(keys.example_keys(jax.random.key(0), 7, 3), x[:3])
@@ -96,13 +99,16 @@ def test_closed_forms_of_the_divergences(x64):
   z = mean[..., None] + np.exp(0.5 * log_variance)[..., None] * nodes
   ratio = normal(mean[..., None], np.exp(0.5 * log_variance)[..., None]).logpdf(z) - normal(0, 1).logpdf(z)
   kl = (ratio @ weights / math.sqrt(2 * math.pi)).sum(1)
-  posterior = latents.Posterior(jnp.asarray(mean), jnp.asarray(log_variance))
-  np.testing.assert_allclose(latents.kl(posterior), kl, rtol=1e-10)
   logits = rng.normal(size=(3, 2, 5))
   q = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   entropy = scipy.stats.entropy(q, axis=-1).sum(1)
-  np.testing.assert_allclose(autoencoding.categorical_kl(jnp.asarray(logits)), 2 * math.log(5) - entropy, rtol=1e-12)
-  np.testing.assert_allclose(autoencoding.categorical_kl(jnp.zeros((1, 2, 5))), 0, atol=1e-12)
+  of_normal, of_codes, of_even = compiled(
+    lambda *q: (latents.kl(latents.Posterior(*q[:2])), *map(autoencoding.categorical_kl, q[2:])),
+    *(mean, log_variance, logits, np.zeros((1, 2, 5))),
+  )
+  np.testing.assert_allclose(of_normal, kl, rtol=1e-10)
+  np.testing.assert_allclose(of_codes, 2 * math.log(5) - entropy, rtol=1e-12)
+  np.testing.assert_allclose(of_even, 0, atol=1e-12)
 
 
 CODES, POSITIONS, LEVELS = 3, 2, 4
@@ -111,12 +117,11 @@ CODES, POSITIONS, LEVELS = 3, 2, 4
 @functools.cache
 def mixture():
   """A model of two integers with two codes of three values each: its output, and every log p(x, codes)."""
-  table = jax.random.normal(jax.random.key(0), (POSITIONS, CODES, 2 * LEVELS))
+  table = np.random.default_rng(0).normal(scale=2.0, size=(POSITIONS, CODES, 2 * LEVELS)).astype(np.float32)
   decode = lambda p: jnp.einsum("bpk,pkc->bc", p, table)
-  pairs = jnp.array(list(itertools.product(range(CODES), repeat=POSITIONS)))
-  x = jnp.array([[1, 3]])
-  outputs = decode(jax.nn.one_hot(pairs, CODES))
-  conditional = observations.categorical(LEVELS).log_prob(jnp.broadcast_to(x, pairs.shape), outputs)
+  pairs, x = np.array(list(itertools.product(range(CODES), repeat=POSITIONS))), np.array([[1, 3]])
+  log_prob = lambda p: observations.categorical(LEVELS).log_prob(jnp.broadcast_to(x, pairs.shape), decode(p))
+  conditional = compiled(log_prob, np.eye(CODES, dtype=np.float32)[pairs])
   return x, decode, pairs, np.asarray(conditional, np.float64) - POSITIONS * math.log(CODES)
 
 
@@ -141,41 +146,46 @@ def test_the_gumbel_bound_is_that_of_all_codes(right):
   network = DiscreteAutoencoder(
     lambda s: jnp.broadcast_to(jnp.asarray(logits, s.dtype), (len(s), *logits.shape)), decode
   )
-  many = jnp.broadcast_to(x, (20_000, 2))
   loss = losses.gumbel(observations.categorical(LEVELS))
-  value, aux = jax.jit(lambda key: loss(key, many, network))(jax.random.key(1))
+  value, aux = compiled(lambda key, x: loss(key, x, network), jax.random.key(1), np.broadcast_to(x, (20_000, 2)))
   value = np.asarray(value, np.float64)
   assert abs(value.mean() - bound) < 4 * value.std() / math.sqrt(len(value))
   assert sorted(aux) == ["kl", "nats", "reconstruction"]
 
 
-def test_gumbel_in_training_relaxes_at_the_temperature_of_the_step():
+@pytest.mark.parametrize("hard", [False, True])
+def test_gumbel_in_training_relaxes_at_the_temperature_of_the_step(hard):
   x, decode, _, _ = mixture()
-  logits = jax.random.normal(jax.random.key(2), (1, POSITIONS, CODES))
-  network, key = DiscreteAutoencoder(lambda s: logits, decode), jax.random.key(3)
   temperature = quantization.annealed(1.0, 0.1, steps=10)
-  for hard in (False, True):
-    loss = losses.gumbel(observations.categorical(LEVELS), temperature, 0.5, hard)
-    value, aux = loss(key, x, network, step=jnp.int32(5))
+  loss = losses.gumbel(observations.categorical(LEVELS), temperature, 0.5, hard)
+
+  def run(key, logits, step):
+    value = lambda logits: loss(key, jnp.asarray(x), DiscreteAutoencoder(lambda s: logits, decode), step=step)
     sample = quantization.gumbel_softmax(key, logits, math.sqrt(0.1), hard)
-    reconstruction = -observations.categorical(LEVELS).log_prob(x, decode(sample))
-    np.testing.assert_allclose(aux["reconstruction"], reconstruction, rtol=1e-5)
-    np.testing.assert_allclose(value, reconstruction + 0.5 * autoencoding.categorical_kl(logits), rtol=1e-5)
-    np.testing.assert_allclose(aux["temperature"], [math.sqrt(0.1)], rtol=1e-6)
-  through = lambda v: loss(key, x, DiscreteAutoencoder(lambda s: v, decode), step=jnp.int32(5))[0][0]
-  assert jnp.abs(jax.grad(through)(logits)).min() > 1e-5
+    reconstruction = -observations.categorical(LEVELS).log_prob(jnp.asarray(x), decode(sample))
+    kl = autoencoding.categorical_kl(logits)
+    return value(logits), reconstruction, kl, jax.grad(lambda logits: value(logits)[0][0])(logits)
+
+  logits = np.random.default_rng(2).normal(size=(1, POSITIONS, CODES)).astype(np.float32)
+  (value, aux), reconstruction, kl, gradient = compiled(run, jax.random.key(3), logits, np.int32(5))
+  np.testing.assert_allclose(aux["reconstruction"], reconstruction, rtol=1e-5)
+  np.testing.assert_allclose(value, reconstruction + 0.5 * kl, rtol=1e-5)
+  np.testing.assert_allclose(aux["temperature"], [math.sqrt(0.1)], rtol=1e-6)
+  assert np.abs(gradient).min() > 1e-5
 
 
 def vq_network(z, codebook, decode=lambda z: z[..., 0]):
-  return QuantizedAutoencoder(lambda x: z, decode, codebook)
+  return QuantizedAutoencoder(lambda x: z, decode, jax.tree.map(jnp.asarray, codebook))
 
 
 def vq_case():
   rng = np.random.default_rng(3)
-  x, z = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6), (4, 6, 2)))
-  vectors = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
-  decode = lambda z: jnp.sin(z[..., 0]) + z[..., 1] ** 2
-  return x, z, vectors, decode
+  x, z, vectors = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 6), (4, 6, 2), (5, 2)))
+  return x, z, vectors, lambda z: jnp.sin(z[..., 0]) + z[..., 1] ** 2
+
+
+def squared_distances(z, vectors):
+  return np.sum((z[:, :, None] - vectors[None, None]) ** 2, -1)
 
 
 @pytest.mark.parametrize("codebook", ["ema", "loss"])
@@ -183,14 +193,17 @@ def test_vq_gradients_are_those_of_their_definition(codebook):
   """For z the gradient of -log p at z_q and of the commitment; for codes 2 sum (e_k - z), or none."""
   x, z, vectors, decode = vq_case()
   loss = losses.vq(observations.gaussian(STD), beta=0.7, codebook=codebook)
-  total = lambda z, vectors: loss(jax.random.key(0), x, vq_network(z, {"vectors": vectors}, decode))[0].sum()
-  for_z, for_vectors = jax.grad(total, (0, 1))(z, vectors)
-  codes = np.asarray(jnp.argmin(jnp.sum((z[:, :, None] - vectors[None, None]) ** 2, -1), -1))
+  total = lambda z, vectors: loss(jax.random.key(0), jnp.asarray(x), vq_network(z, {"vectors": vectors}, decode))[
+    0
+  ].sum()
+  for_z, for_vectors = compiled(jax.grad(total, (0, 1)), z, vectors)
+  codes = squared_distances(z, vectors).argmin(-1)
   quantized = vectors[codes]
-  slope = jax.grad(lambda q: -observations.gaussian(STD).log_prob(x, decode(q)).sum())(quantized)
+  inner = np.sin(quantized[..., 0]) + quantized[..., 1] ** 2 - x
+  slope = inner[..., None] / STD**2 * np.stack([np.cos(quantized[..., 0]), 2 * quantized[..., 1]], axis=-1)
   np.testing.assert_allclose(for_z, slope + 2 * 0.7 * (z - quantized), rtol=1e-4, atol=1e-4)
   due = np.zeros((5, 2))
-  np.add.at(due, codes, 2 * np.asarray(quantized - z))
+  np.add.at(due, codes, 2 * (quantized - z))
   np.testing.assert_allclose(for_vectors, due if codebook == "loss" else 0, rtol=1e-4, atol=1e-5)
   assert np.abs(due).max() > 1
 
@@ -199,60 +212,57 @@ def test_the_vq_bound_is_above_the_likelihood_of_all_codes():
   """The model has 5^2 equally probable pairs of codes at two positions, which can be summed over."""
   x, z, vectors, decode = vq_case()
   x, z = x[:, :2], z[:, :2]
-  observation = observations.gaussian(STD)
-  value, aux = losses.vq(observation, beta=0.7)(jax.random.key(0), x, vq_network(z, {"vectors": vectors}, decode))
-  every = [
-    observation.log_prob(x, decode(jnp.broadcast_to(vectors[jnp.array(pair)], z.shape)))
-    for pair in itertools.product(range(5), repeat=2)
-  ]
+  loss = losses.vq(observations.gaussian(STD), beta=0.7)
+  value, aux = compiled(lambda z: loss(jax.random.key(0), x, vq_network(z, {"vectors": vectors}, decode)), z)
+  out = np.sin(vectors[:, 0]) + vectors[:, 1] ** 2
+  every = [scipy.stats.norm.logpdf(x, out[list(pair)], STD).sum(1) for pair in itertools.product(range(5), repeat=2)]
   terms = -np.stack(every) + 2 * math.log(5)  # each is the bound of a posterior that is sure of its pair
   assert np.all(aux["nats"] > -scipy.special.logsumexp(-terms, axis=0))
-  pair = np.asarray(quantization.nearest(z, vectors)) @ [5, 1]
-  np.testing.assert_allclose(aux["nats"], terms[pair, np.arange(4)], rtol=1e-5)
+  distances = squared_distances(z, vectors)
+  np.testing.assert_allclose(aux["nats"], terms[distances.argmin(-1) @ [5, 1], np.arange(4)], rtol=1e-5)
   np.testing.assert_allclose(aux["nats"] - aux["reconstruction"], 2 * math.log(5), rtol=1e-5)
-  distance = jnp.min(jnp.sum((z[:, :, None] - vectors[None, None]) ** 2, -1), -1).sum(1)
-  np.testing.assert_allclose(aux["commitment"], distance, rtol=1e-5)
-  np.testing.assert_allclose(value, aux["nats"] + 0.7 * distance, rtol=1e-5)
+  np.testing.assert_allclose(aux["commitment"], distances.min(-1).sum(1), rtol=1e-5)
+  np.testing.assert_allclose(value, aux["nats"] + 0.7 * distances.min(-1).sum(1), rtol=1e-5)
 
 
 def test_statistics_add_exactly_nothing_to_the_loss_nor_to_the_gradient_of_the_encoder():
   x, z, vectors, decode = vq_case()
   codebook = {"vectors": vectors, "counts": vectors[:, 0], "sums": 3 * vectors}
   loss = losses.vq(observations.gaussian(STD))
-  training = {"step": jnp.int32(3), "index": jnp.arange(4, dtype=jnp.int32), "global_batch": 4}
+  training = {"step": np.int32(3), "index": np.arange(4, dtype=np.int32), "global_batch": 4}
 
   def total(z, given):
-    value, aux = loss(jax.random.key(0), x, vq_network(z, codebook, decode), **given)
+    value, aux = loss(jax.random.key(0), jnp.asarray(x), vq_network(z, codebook, decode), **given)
     return value.sum(), (value, aux)
 
-  plain, known = (jax.value_and_grad(total, has_aux=True)(z, given) for given in ({}, training))
-  jax.tree.map(np.testing.assert_array_equal, plain, known)
+  run = lambda z: [jax.value_and_grad(total, has_aux=True)(z, given) for given in ({}, training)]
+  jax.tree.map(np.testing.assert_array_equal, *compiled(run, z))
 
 
-@pytest.mark.usefixtures("untyped")
 def test_wrong_use_is_refused():
-  gaussian, key, x = observations.gaussian(1.0), jax.random.key(0), jnp.zeros((2, 3))
+  gaussian, key, x = observations.gaussian(1.0), jax.random.key(0), np.zeros((2, 3), np.float32)
   same = Autoencoder(lambda x: (x, x), lambda z: z)
-  one = {"vectors": jnp.zeros((1, 1))}
+  refused = lambda loss, x, network, *more, **given: jax.eval_shape(lambda x: loss(key, x, network, *more, **given), x)
+  one = {"vectors": np.zeros((1, 1), np.float32)}
   for factory in (losses.vae, losses.gumbel, losses.vq):
     with pytest.raises(TypeError, match=r"did you forget to call it: .*gaussian\(\)"):
       factory(observations.gaussian)
     with pytest.raises(ValueError, match="beta must be at least 0, got -1"):
       factory(gaussian, beta=-1)
   with pytest.raises(ValueError, match=r"cond has \['label'\]: autoencoders take no conditions"):
-    losses.vae(gaussian)(key, x, same, {"label": jnp.zeros(2, jnp.int32)})
+    refused(losses.vae(gaussian), x, same, {"label": np.zeros(2, np.int32)})
   with pytest.raises(ValueError, match=r"decode must return 2 outputs a channel of x \(2, 3\), \(2, 6\)"):
-    losses.vae(observations.discretized(3))(key, jnp.zeros((2, 3), jnp.int32), same)
+    refused(losses.vae(observations.discretized(3)), np.zeros((2, 3), np.int32), same)
   with pytest.raises(TypeError, match="x must be floating point for observations.gaussian, got int32"):
-    losses.vae(gaussian)(key, jnp.zeros((2, 3), jnp.int32), same)
+    refused(losses.vae(gaussian), np.zeros((2, 3), np.int32), same)
   with pytest.raises(ValueError, match="codes must be at least 2"):
-    losses.vq(gaussian)(key, x, vq_network(x[..., None], one))
+    refused(losses.vq(gaussian), x, vq_network(x[..., None], one))
   with pytest.raises(ValueError, match="codes must be at least 2"):
-    losses.gumbel(gaussian)(key, x, DiscreteAutoencoder(lambda x: x[..., None], lambda p: p[..., 0]))
+    refused(losses.gumbel(gaussian), x, DiscreteAutoencoder(lambda x: x[..., None], lambda p: p[..., 0]))
   with pytest.raises(ValueError, match="codebook must be one of 'ema', 'loss', got 'adam'"):
     losses.vq(gaussian, codebook="adam")
   with pytest.raises(TypeError, match="temperature must be a function of the step, got 0.5: for one that stays take"):
     losses.gumbel(gaussian, temperature=0.5)
-  two = vq_network(x[..., None], {"vectors": jnp.zeros((2, 1))})
+  two = vq_network(x[..., None], {"vectors": np.zeros((2, 1), np.float32)})
   with pytest.raises(ValueError, match="step, index and global_batch belong together"):
-    losses.vq(gaussian)(key, x, two, step=jnp.int32(0))
+    refused(losses.vq(gaussian), x, two, step=np.int32(0))

@@ -300,7 +300,7 @@ def test_a_diagnostic_that_is_infinite_stops_nothing(tmp_path):
   assert record["skipped"] == 0
 
 
-def test_loop_compiles_once_and_stops_where_it_should():
+def test_loop_compiles_once_and_stops_where_it_should(eight_devices):
   traces = []
 
   def objective(params, keys, batch):
@@ -555,6 +555,7 @@ def test_progress_is_a_bar_on_a_terminal():
   assert "loss 0.5" in out.getvalue()
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_shard_map_gives_the_gradient_of_jit(check_vma):
   """With check_vma=True autodiff sums over devices by itself: the sum must not be taken twice."""
