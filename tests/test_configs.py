@@ -46,6 +46,8 @@ SMALL = (
   "--config.optimizer.warmup_steps=1",
 )
 
+LEAST = ("--config.network.channel_multipliers=(1,)", "--config.network.middle_attention=False")
+
 
 def train(name, workdir, *argv):
   cli.main(["train", f"--config={CONFIGS / name}.py", f"--workdir={workdir}", *SMALL, *argv])
@@ -80,9 +82,9 @@ def test_configs_build_without_their_data(name):
 def test_tfds_configs_train(name, tmp_path):
   import tensorflow_datasets as tfds
 
-  heads = ["--config.network.head_channels=4"] if name == "imagenet64" else []
+  flags = [*LEAST, *(["--config.network.head_channels=4"] if name == "imagenet64" else [])]
   with tfds.testing.mock_data(num_examples=16):
-    losses = train(name, tmp_path, f"--config.data.data_dir={tmp_path / 'tfds'}", *heads)
+    losses = train(name, tmp_path, f"--config.data.data_dir={tmp_path / 'tfds'}", *flags)
   assert len(losses) == 3
   assert np.isfinite(losses).all()
 
@@ -104,7 +106,7 @@ def test_array_record_trains_and_refuses_what_has_changed(tmp_path, capsys):
   about = Manifest("clothes", (28, 28, 1), "uint8", 256, True, None, {}, "jaxdiff data clothes --output=DIR")
   x = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), np.uint8)
   prepared.write(folder, about, {s: prepared.Part(20, zip(x, range(20), strict=True)) for s in ("train", "test")})
-  argv = (f"--config.data.path={folder}",)
+  argv = (f"--config.data.path={folder}", *LEAST)
   assert np.isfinite(train("fashion_mnist_vp", tmp_path / "run", *argv)).all()
   path = folder / "train-00000-of-00001.array_record"
   content = path.read_bytes()

@@ -178,11 +178,12 @@ def test_sigterm_to_one_of_two_processes_stops_both_between_dispatches_of_severa
 
 @pytest.fixture(scope="module", params=["jit", "pmap"])
 def died(request, tmp_path_factory):
-  """Two runs of two processes, of which the second lost one; and the flag that names their launcher."""
-  folder, flag = tmp_path_factory.mktemp(request.param), f"--launcher={request.param}"
-  codes, said = finish(*pair(folder / "whole", flag))
+  """Two runs of two processes, of which the second lost one; and their flags."""
+  folder = tmp_path_factory.mktemp(request.param)
+  flags = [f"--launcher={request.param}", "--config.train.steps=60"]
+  codes, said = finish(*pair(folder / "whole", *flags))
   assert codes == [DONE, DONE], said
-  processes = pair(folder / "killed", flag)
+  processes = pair(folder / "killed", *flags)
   wait_for(lambda: len(steps_of(folder / "killed")) > 2 * EVERY)
   processes[1].send_signal(signal.SIGKILL)
   begin = time.monotonic()
@@ -190,30 +191,30 @@ def died(request, tmp_path_factory):
   assert codes[1] == -signal.SIGKILL, "the training ended before the kill"
   assert codes[0] not in (DONE, -signal.SIGKILL), said
   assert time.monotonic() - begin < 60
-  return folder / "whole", folder / "killed", flag
+  return folder / "whole", folder / "killed", flags
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(died, tmp_path):
-  whole, killed, flag = died
+  whole, killed, flags = died
   shutil.copytree(killed, tmp_path / "run")
-  codes, said = finish(*pair(tmp_path / "run", flag))
+  codes, said = finish(*pair(tmp_path / "run", *flags))
   assert codes == [DONE, DONE], said
   assert_same(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(("died", "devices"), [("jit", 8), ("pmap", 1)], indirect=["died"])
 def test_a_checkpoint_of_two_processes_goes_on_with_one(died, tmp_path, devices):
-  """What two processes of two devices each saved gives the same next losses on 1 x 1 and 1 x 8 devices."""
-  whole, killed, flag = died
+  """What two processes of two devices each saved gives the same next losses on 1 x 8 and 1 x 1 devices."""
+  whole, killed, flags = died
   shutil.copytree(killed, tmp_path / "run")
-  codes, (said,) = finish(start(tmp_path / "run", flag, devices=devices))
+  codes, (said,) = finish(start(tmp_path / "run", *flags, devices=devices))
   assert codes == [DONE], said
   began = int(re.search(r"continuing from step (\d+)", said)[1])
   assert began >= EVERY
   losses, expected = ([r["loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "run", whole))
-  assert len(losses) == len(expected) == STEPS
+  assert len(losses) == len(expected) == 60
   np.testing.assert_allclose(losses[: began + 5], expected[: began + 5], rtol=1e-6)
 
 

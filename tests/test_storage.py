@@ -182,6 +182,7 @@ def test_two_processes_agree_on_what_they_restore(of_two, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_one_process_restores_what_two_saved(of_two, devices):
   mesh, position = make_mesh(jax.local_devices()[:devices]), Position()
