@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,6 @@ from oracles import PREDICTIONS, SDES, gaussian
 
 import jaxdiff as jd
 from jaxdiff.predictions import noise_factor
-from jaxdiff.sde import expand
 
 EACH = pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS.keys())
 EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
@@ -14,28 +15,37 @@ EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 
 def states(sde, n=40):
   """Clean data, noise, their mixture and its (alpha, sigma) at n times from the data to the prior."""
-  x0, noise = jax.random.normal(jax.random.key(0), (2, n, 3))
-  t = jd.time_grid(sde, n - 1)
-  alpha, sigma = (expand(v, x0) for v in sde.marginal(t))
+  t = np.asarray(jd.time_grid(sde, n - 1))
+  x0, noise = np.random.default_rng(0).normal(size=(2, n, 3)).astype(t.dtype)
+  alpha, sigma = (np.asarray(v)[:, None] for v in jax.jit(lambda sde, t: sde.marginal(t))(sde, t))
   return x0, noise, alpha * x0 + sigma * noise, t, alpha, sigma
 
 
-@EACH
+@functools.cache
+def read(name):
+  """A jitted function: the target, and (score, denoised) of it and of any other output."""
+  prediction = PREDICTIONS[name]
+
+  @jax.jit
+  def run(x0, noise, x, alpha, sigma):
+    target = prediction.target(x0, noise, alpha, sigma)
+    both = lambda output: (
+      prediction.to_score(x, output, alpha, sigma),
+      prediction.to_denoised(x, output, alpha, sigma),
+    )
+    return both(target), both(noise)
+
+  return run
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
 @EACH_SDE
-def test_perfect_output_gives_back_data_and_noise(prediction, sde, x64):
+def test_perfect_output_gives_back_data_and_noise_and_any_output_obeys_tweedie(name, sde, x64):
   x0, noise, x, _, alpha, sigma = states(sde)
-  output = prediction.target(x0, noise, alpha, sigma)
-  np.testing.assert_allclose(prediction.to_denoised(x, output, alpha, sigma), x0, atol=1e-7)
-  np.testing.assert_allclose(prediction.to_score(x, output, alpha, sigma), -noise / sigma, rtol=1e-9, atol=1e-9)
-
-
-@EACH
-@EACH_SDE
-def test_score_and_denoiser_obey_tweedie_for_any_output(prediction, sde, x64):
-  _, output, x, _, alpha, sigma = states(sde)
-  score = prediction.to_score(x, output, alpha, sigma)
-  denoised = prediction.to_denoised(x, output, alpha, sigma)
-  np.testing.assert_allclose(alpha * denoised, x + sigma**2 * score, rtol=1e-9, atol=1e-7)
+  (score, denoised), (other_score, other) = jax.tree.map(np.asarray, read(name)(x0, noise, x, alpha, sigma))
+  np.testing.assert_allclose(denoised, x0, atol=1e-7)
+  np.testing.assert_allclose(score, -noise / sigma, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(alpha * other, x + sigma**2 * other_score, rtol=1e-9, atol=1e-7)
 
 
 @EACH_SDE
@@ -44,10 +54,11 @@ def test_float32_score_loses_no_digits(name, sde):
   """Predicting the data is left out: its score is (alpha D - x) / sigma^2, a difference, by nature."""
   prediction = PREDICTIONS[name]
   _, output, x, t, alpha, sigma = states(sde)
-  single = prediction.to_score(x, output, alpha, sigma)
+  run = jax.jit(prediction.to_score)
+  single = run(x, output, alpha, sigma)
+  assert single.dtype == jnp.float32
   with jax.enable_x64(True):
-    wide = (jnp.asarray(np.asarray(v, np.float64)) for v in (x, output, alpha, sigma))
-    double = np.asarray(prediction.to_score(*wide))
+    double = np.asarray(run(*(np.asarray(v, np.float64) for v in (x, output, alpha, sigma))))
   single = np.asarray(single, np.float64)
   scale = np.abs(double).max(axis=1, keepdims=True)
   assert np.max(np.abs(single - double) / scale) < 1e-6
@@ -71,13 +82,17 @@ def test_edm_is_the_published_preconditioning(x64):
 def test_edm_input_and_target_have_unit_variance(sde, x64):
   """On data of standard deviation sigma_data, at every time; 4 standard errors of 20 000 draws."""
   n, edm = 20_000, jd.predictions.edm(0.5)
-  keys = jax.random.split(jax.random.key(0))
-  x0, noise = 0.5 * jax.random.normal(keys[0], (n, 1)), jax.random.normal(keys[1], (n, 1))
-  for t in jd.time_grid(sde, 4):
+  x0, noise = np.random.default_rng(0).normal(size=(2, n, 1)) * np.array([0.5, 1.0])[:, None, None]
+
+  @jax.jit
+  def run(sde, t):
     alpha, sigma = sde.marginal(t)
     x_in, _ = edm.precondition(alpha * x0 + sigma * noise, t, alpha, sigma)
-    for value in (x_in, edm.target(x0, noise, alpha, sigma)):
-      assert abs(value.std() - 1) < 4 / np.sqrt(2 * n)
+    return x_in, edm.target(x0, noise, alpha, sigma)
+
+  for t in np.asarray(jd.time_grid(sde, 4)):
+    for value in run(sde, t):
+      assert abs(np.std(value) - 1) < 4 / np.sqrt(2 * n)
 
 
 def test_velocity_is_edm_of_unit_data_with_the_sign_turned():
@@ -109,19 +124,19 @@ def test_score_fn_reads_score_and_denoiser(prediction, sde):
   data, (_, _, x, t, alpha, sigma) = gaussian(), states(sde)
   exact = data.score(sde)
 
-  def apply(params, x_in, t_in):
-    zero = prediction.to_score(x, jnp.zeros_like(x), alpha, sigma)
-    slope = prediction.to_score(x, jnp.ones_like(x), alpha, sigma) - zero
-    return params * (exact(x, t) - zero) / slope
+  @jax.jit
+  def run(x, t):
+    def apply(params, x_in, t_in):
+      zero = prediction.to_score(x, jnp.zeros_like(x), alpha, sigma)
+      slope = prediction.to_score(x, jnp.ones_like(x), alpha, sigma) - zero
+      return params * (exact(x, t) - zero) / slope
 
-  score = jd.score_fn(apply, jnp.float32(1.0), sde, prediction)
-  expected = exact(x, t)
-  scale = jnp.max(jnp.abs(expected), axis=1, keepdims=True)
-  np.testing.assert_allclose(
-    score(x, t) / scale, expected / scale, atol=2e-3 if prediction is PREDICTIONS["data"] else 1e-5
-  )
-  plain = jd.denoised(sde, exact, x, t)
-  direct = jd.denoised(sde, score, x, t)
+    score = jd.score_fn(apply, jnp.float32(1.0), sde, prediction)
+    return score(x, t), exact(x, t), jd.denoised(sde, exact, x, t), jd.denoised(sde, score, x, t)
+
+  found, expected, plain, direct = jax.tree.map(np.asarray, run(x, t))
+  scale = np.max(np.abs(expected), axis=1, keepdims=True)
+  np.testing.assert_allclose(found / scale, expected / scale, atol=2e-3 if prediction is PREDICTIONS["data"] else 1e-5)
   limit = 0.02 if isinstance(sde, jd.SubVP | jd.VP | jd.CosineVP) else 1e-3
   np.testing.assert_allclose(direct[1:], plain[1:], atol=limit)
 
