@@ -145,11 +145,11 @@ def cnf(
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
-    >>> flow, field = jd.flow.cnf(), lambda x, t: -x  # x shrinks by a factor of e
+    >>> flow, field = jd.flow.cnf(), jax.tree_util.Partial(lambda x, t: -x)  # x shrinks by a factor of e
     >>> x = jnp.ones((1, 2))
-    >>> round(float(flow.forward(jax.random.key(0), x, field).x[0, 0]), 3)
+    >>> round(float(jax.jit(flow.forward)(jax.random.key(0), x, field).x[0, 0]), 3)
     0.368
-    >>> round(float(flow.log_prob(jax.random.key(0), jnp.zeros((1, 2)), field).value[0]), 3)  # -log(2 pi) - 2
+    >>> round(float(jax.jit(flow.log_prob)(jax.random.key(0), 0 * x, field).value[0]), 3)  # -log(2 pi) - 2
     -3.838
   """
   options = ode.Solver(solver, rtol, atol, max_steps, num_steps, adjoint)

@@ -119,10 +119,10 @@ class Gamma:
     TypeError: for an interior that is no callable pytree.
 
   Example:
-    >>> import jax.numpy as jnp, jaxdiff as jd
-    >>> gamma = jd.schedules.Gamma(-6.0, 4.0, jd.schedules.monotone_network(width=8))
-    >>> gamma(jnp.array([0.0, 1.0])).tolist()
-    [-6.0, 4.0]
+    >>> import jax, jax.numpy as jnp, jaxdiff as jd
+    >>> gamma = jd.schedules.Gamma(-6.0, 4.0, jax.tree_util.Partial(jnp.square))
+    >>> gamma(jnp.array([0.0, 0.5, 1.0])).tolist()
+    [-6.0, -3.5, 4.0]
 
   References:
     Kingma et al. 2021, Variational Diffusion Models, Section 3.2 and Appendix H.

@@ -108,7 +108,7 @@ def score_fn(apply: Callable[..., Array], params: Params, sde: AugmentedSDE, mix
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.CLD(gamma=1.0)
     >>> score = jd.cld.score_fn(lambda params, u, t: jnp.zeros_like(u[..., 0]), None, sde)  # that of N(0, I) data
-    >>> [round(float(number), 3) for number in score(jnp.ones((1, 1, 2)), 0.5)[0, 0]]  # (0, -v / M)
+    >>> [round(float(number), 3) for number in jax.jit(score)(jnp.ones((1, 1, 2)), 0.5)[0, 0]]  # (0, -v / M)
     [0.0, -4.0]
   """
   checks.made("sde", sde, AugmentedSDE)

@@ -73,7 +73,7 @@ class CLD:
     >>> import jax, jaxdiff as jd
     >>> sde = jd.CLD()
     >>> u = sde.prior_sample(jax.random.key(0), (4, 3, 2))  # 4 examples of 3 dimensions
-    >>> sde.prior_log_prob(u).shape, sde.drift(u, 0.5).shape
+    >>> jax.eval_shape(sde.prior_log_prob, u).shape, jax.eval_shape(sde.drift, u, 0.5).shape
     ((4,), (4, 3, 2))
   """
 
@@ -294,7 +294,8 @@ def perturb(key: Keys, x0: State, t: Time, sde: AugmentedSDE) -> tuple[PhaseStat
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
-    >>> u, noise = jd.cld.perturb(jax.random.key(0), jnp.ones((4, 3)), 0.5, jd.CLD())
+    >>> noised = lambda key, x0, t: jd.cld.perturb(key, x0, t, jd.CLD())
+    >>> u, noise = jax.eval_shape(noised, jax.random.key(0), jnp.ones((4, 3)), 0.5)
     >>> u.shape, noise.shape
     ((4, 3, 2), (4, 3, 2))
   """

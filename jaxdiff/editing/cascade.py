@@ -50,7 +50,7 @@ def upsampler(
     >>> sampler = jd.samplers.ddim(sde, jd.time_grid(sde, 10))
     >>> upsample = jd.editing.upsampler(sde, sampler, (8, 8, 1), "small", "level", augmentation=0.2)
     >>> score = lambda x, t, small, level: jax.image.resize(small, x.shape, "linear") - x
-    >>> upsample(jax.random.key(0), jnp.zeros((2, 4, 4, 1)), score).x.shape
+    >>> jax.eval_shape(lambda x: upsample(jax.random.key(0), x, score), jnp.zeros((2, 4, 4, 1))).x.shape
     (2, 8, 8, 1)
   """
   checks.made("sde", sde, SDE)
@@ -95,7 +95,8 @@ def cascade(stages: Sequence[Solve]) -> Callable[..., Sample]:
     >>> sampler = jd.samplers.ddim(sde, jd.time_grid(sde, 10))
     >>> larger = jd.editing.upsampler(sde, sampler, (8, 8, 1), "small")
     >>> scores = lambda x, t: -x, lambda x, t, small: jax.image.resize(small, x.shape, "linear") - x
-    >>> sample = jd.editing.cascade([sampler, larger])(key, sde.prior_sample(key, (2, 4, 4, 1)), scores)
+    >>> draw = jax.jit(lambda key, x_T: jd.editing.cascade([sampler, larger])(key, x_T, scores))
+    >>> sample = draw(key, sde.prior_sample(key, (2, 4, 4, 1)))
     >>> sample.x.shape, sample.nfe.tolist()
     ((2, 8, 8, 1), [20, 20])
   """

@@ -37,10 +37,11 @@ def exchange(encode: Solve, decode: Solve) -> Callable[..., Sample]:
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.VP()
-    >>> score = lambda x, t, mean: sde.marginal(t)[0][:, None] * mean[:, None] - x
+    >>> score = jax.tree_util.Partial(lambda x, t, mean: sde.marginal(t)[0][:, None] * mean[:, None] - x)
     >>> ts = jd.time_grid(sde, 100)
     >>> edit = jd.editing.exchange(jd.samplers.ddim_encode(sde, ts), jd.samplers.ddim(sde, ts))
-    >>> sample = edit(jax.random.key(0), jnp.zeros((1, 2)), score, {"mean": jnp.zeros(1)}, {"mean": jnp.ones(1)})
+    >>> mean, other = {"mean": jnp.zeros(1)}, {"mean": jnp.ones(1)}
+    >>> sample = jax.jit(edit)(jax.random.key(0), jnp.zeros((1, 2)), score, mean, other)
     >>> [round(float(value), 1) for value in sample.x[0]], sample.nfe.tolist()
     ([1.0, 1.0], [200])
   """

@@ -45,7 +45,8 @@ def interpolation(encode: Solve, decode: Solve) -> Callable[..., Sample]:
     >>> ts = jd.time_grid(sde, 50)
     >>> between = jd.editing.interpolation(jd.samplers.ddim_encode(sde, ts), jd.samplers.ddim(sde, ts))
     >>> first, last = jax.random.normal(key, (2, 3, 8, 8, 1))
-    >>> sample = between(key, first, last, jnp.linspace(0, 1, 5), lambda x, t: -x)
+    >>> score = jax.tree_util.Partial(lambda x, t: -x)
+    >>> sample = jax.jit(between)(key, first, last, jnp.linspace(0, 1, 5), score)
     >>> sample.x.reshape(5, 3, 8, 8, 1).shape, int(sample.nfe[0])
     ((5, 3, 8, 8, 1), 150)
   """

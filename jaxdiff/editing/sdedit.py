@@ -76,7 +76,7 @@ def sdedit(sampler: FixedGrid, repeats: int = 1) -> Callable[..., Sample]:
     >>> sde, key = jd.VP(), jax.random.key(0)
     >>> ts = jd.editing.lower_part(jd.time_grid(sde, 20), 0.5)
     >>> edit = jd.editing.sdedit(jd.samplers.ddim(sde, ts))
-    >>> sample = edit(key, jax.random.normal(key, (4, 8, 8, 1)), lambda x, t: -x)
+    >>> sample = jax.jit(edit)(key, jax.random.normal(key, (4, 8, 8, 1)), jax.tree_util.Partial(lambda x, t: -x))
     >>> sample.x.shape, sample.nfe.tolist()
     ((4, 8, 8, 1), [10, 10, 10, 10])
   """

@@ -92,8 +92,8 @@ def projected(sampler: FixedGrid, operator: Operator, noise_std: Scalar = 0.0) -
     >>> sampler = jd.inverse.projected(
     ...   jd.samplers.ancestral(sde, jd.time_grid(sde, 20)), jd.inverse.mask(jnp.asarray([1, 0]))
     ... )
-    >>> cond = {"measurement": jnp.asarray([[0.5, jnp.nan]])}
-    >>> float(sampler(jax.random.key(0), jnp.ones((1, 2)), lambda x, t: -x, cond).x[0, 0])
+    >>> cond, score = {"measurement": jnp.asarray([[0.5, jnp.nan]])}, jax.tree_util.Partial(lambda x, t: -x)
+    >>> float(jax.jit(sampler)(jax.random.key(0), jnp.ones((1, 2)), score, cond).x[0, 0])
     0.5
   """
   check_sampler(sampler)

@@ -55,9 +55,9 @@ def restoration(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.VP()
-    >>> sampler = jd.inverse.restoration(sde, jd.samplers.probability_flow(sde), jd.inverse.downsample(2))
-    >>> y = jnp.ones((1, 2, 2, 1))
-    >>> x = sampler(jax.random.key(0), jnp.ones((1, 4, 4, 1)), lambda x, t: -x, {"measurement": y}).x
+    >>> sampler = jd.inverse.restoration(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 4)), jd.inverse.downsample(2))
+    >>> y, score = jnp.ones((1, 2, 2, 1)), jax.tree_util.Partial(lambda x, t: -x)
+    >>> x = jax.jit(sampler)(jax.random.key(0), jnp.ones((1, 4, 4, 1)), score, {"measurement": y}).x
     >>> bool(abs(jd.inverse.downsample(2).apply(x) - y).max() < 1e-6)
     True
   """
@@ -114,7 +114,7 @@ def inpainting(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.VP()
-    >>> sampler = jd.inverse.inpainting(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 20)))
+    >>> sampler = jd.inverse.inpainting(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 4)))
     >>> cond = {"measurement": jnp.full((1, 2, 2, 1), 0.5), "mask": jnp.asarray([[[1, 0], [0, 1]]])}
     >>> x = sampler(jax.random.key(0), jnp.ones((1, 2, 2, 1)), lambda x, t: -x, cond).x
     >>> (x.ravel() == 0.5).tolist()
@@ -129,9 +129,10 @@ def colorization(sde: ScalarSDE, sampler: Any, noise_std: Scalar = 0.0, method: 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.VP()
-    >>> sampler = jd.inverse.colorization(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 20)))
+    >>> sampler = jd.inverse.colorization(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 4)))
     >>> cond = {"measurement": jnp.zeros((1, 2, 2, 1))}
-    >>> sampler(jax.random.key(0), jnp.ones((1, 2, 2, 3)), lambda x, t: -x, cond).x.shape
+    >>> x_T, score = jnp.ones((1, 2, 2, 3)), jax.tree_util.Partial(lambda x, t: -x)
+    >>> jax.eval_shape(sampler, jax.random.key(0), x_T, score, cond).x.shape
     (1, 2, 2, 3)
   """
   return restoration(sde, sampler, operators.greyscale(), noise_std, method, **options)
@@ -145,9 +146,10 @@ def super_resolution(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.VP()
-    >>> sampler = jd.inverse.super_resolution(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 20)), factor=2)
+    >>> sampler = jd.inverse.super_resolution(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 4)), factor=2)
     >>> cond = {"measurement": jnp.zeros((1, 2, 2, 1))}
-    >>> sampler(jax.random.key(0), jnp.ones((1, 4, 4, 1)), lambda x, t: -x, cond).x.shape
+    >>> x_T, score = jnp.ones((1, 4, 4, 1)), jax.tree_util.Partial(lambda x, t: -x)
+    >>> jax.eval_shape(sampler, jax.random.key(0), x_T, score, cond).x.shape
     (1, 4, 4, 1)
   """
   return restoration(sde, sampler, operators.downsample(factor), noise_std, method, **options)
@@ -165,9 +167,10 @@ def deblurring(
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sde = jd.VP()
     >>> kernel = jnp.ones((3, 3)) / 9
-    >>> sampler = jd.inverse.deblurring(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 20)), kernel, noise_std=0.01)
+    >>> sampler = jd.inverse.deblurring(sde, jd.samplers.ddim(sde, jd.time_grid(sde, 4)), kernel, noise_std=0.01)
     >>> cond = {"measurement": jnp.zeros((1, 4, 4, 1))}
-    >>> sampler(jax.random.key(0), jnp.ones((1, 4, 4, 1)), lambda x, t: -x, cond).x.shape
+    >>> x_T, score = jnp.ones((1, 4, 4, 1)), jax.tree_util.Partial(lambda x, t: -x)
+    >>> jax.eval_shape(sampler, jax.random.key(0), x_T, score, cond).x.shape
     (1, 4, 4, 1)
   """
   return restoration(sde, sampler, operators.blur(kernel), noise_std, method, **options)

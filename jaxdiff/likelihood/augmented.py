@@ -88,7 +88,7 @@ def augmented(
     >>> sde = jd.CLD(gamma=1.0)
     >>> log_prob = jd.likelihood.augmented(sde)
     >>> score = jd.cld.score_fn(lambda params, u, t: jnp.zeros_like(u[..., 0]), None, sde)  # that of N(0, I) data
-    >>> result = log_prob(jax.random.key(0), jnp.zeros((1, 2)), score)
+    >>> result = jax.jit(log_prob)(jax.random.key(0), jnp.zeros((1, 2)), score)
     >>> round(float(result.value[0]), 3)  # -log(2 pi): v says nothing of x
     -1.838
   """
@@ -137,7 +137,7 @@ def position_bound(log_prob: flow.LogDensity, draws: int = 1, importance: bool =
     >>> sde = jd.CLD(gamma=0.5)
     >>> bound = jd.likelihood.position_bound(jd.likelihood.augmented(sde), draws=4, importance=True)
     >>> score = jd.cld.score_fn(lambda params, u, t: jnp.zeros_like(u[..., 0]), None, sde)  # that of N(0, I) data
-    >>> bound(jax.random.key(0), jnp.zeros((1, 2)), score).value.shape
+    >>> jax.eval_shape(bound, jax.random.key(0), jnp.zeros((1, 2)), score).value.shape
     (1,)
   """
   checks.made("log_prob", log_prob, flow.LogDensity)

@@ -98,8 +98,8 @@ def bits_per_dim(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> bits = jd.likelihood.bits_per_dim(jd.likelihood.log_prob(jd.VP()), levels=2, data_range=(-4.0, 4.0))
-    >>> x = jnp.zeros((1, 2), jnp.uint8)
-    >>> bits(jax.random.key(0), x, lambda x, t: -x).value.shape
+    >>> x, score = jnp.zeros((1, 2), jnp.uint8), jax.tree_util.Partial(lambda x, t: -x)
+    >>> jax.eval_shape(bits, jax.random.key(0), x, score).value.shape
     (1,)
   """
   if hasattr(log_prob, "log_prob"):

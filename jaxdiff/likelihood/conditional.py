@@ -54,7 +54,8 @@ def each_condition(fn: Callable[..., Any]) -> Callable[..., EachCondition]:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> classify = jd.likelihood.each_condition(jd.likelihood.log_prob(jd.VP()))
     >>> score = lambda x, t, mean: mean - x  # of N(mean, I), were mean scaled with the time
-    >>> result = classify(jax.random.key(0), jnp.ones((1, 2)), score, {"mean": jnp.array([[0.0, 0.0], [9.0, 9.0]])})
+    >>> means = {"mean": jnp.array([[0.0, 0.0], [9.0, 9.0]])}
+    >>> result = jax.jit(lambda x: classify(jax.random.key(0), x, score, means))(jnp.ones((1, 2)))
     >>> result.value.shape, jnp.argmax(result.value, axis=1).tolist()
     ((1, 2), [0])
   """

@@ -76,7 +76,8 @@ def log_prob(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> log_prob = jd.likelihood.log_prob(jd.VP())
-    >>> result = log_prob(jax.random.key(0), jnp.zeros((1, 2)), lambda x, t: -x)  # the score of N(0, I)
+    >>> score = jax.tree_util.Partial(lambda x, t: -x)  # of N(0, I)
+    >>> result = jax.jit(log_prob)(jax.random.key(0), jnp.zeros((1, 2)), score)
     >>> round(float(result.value[0]), 3)  # -log(2 pi)
     -1.838
   """

@@ -100,7 +100,7 @@ def denoising_gan(
     >>> loss = jd.losses.denoising_gan(jd.ddpm.Chain(jd.ddpm.vp_betas(4)), latent_dim=2)
     >>> generator = jax.tree_util.Partial(lambda params, x, t, latent: params * latent, jnp.float32(0.5))
     >>> discriminator = jax.tree_util.Partial(lambda params, x, t, x_t: params * jnp.sum(x - x_t, 1), jnp.float32(0.0))
-    >>> value, aux = loss(jax.random.key(0), jnp.ones((8, 2)), jd.losses.Players(generator, discriminator))
+    >>> value, aux = jax.jit(loss)(jax.random.key(0), jnp.ones((8, 2)), jd.losses.Players(generator, discriminator))
     >>> round(float(value[0]), 4)  # three times log 2: undecided
     2.0794
   """

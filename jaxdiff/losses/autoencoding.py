@@ -99,7 +99,7 @@ def gumbel(
     >>> copy = jd.typing.DiscreteAutoencoder(
     ...   lambda x: 50 * jnp.stack([-x, x], -1), lambda p: 50 * p.reshape(len(p), -1)
     ... )
-    >>> nats, aux = loss(jax.random.key(0), jnp.array([[0, 1, 1]]), copy)
+    >>> nats, aux = jax.jit(lambda x: loss(jax.random.key(0), x, copy))(jnp.array([[0, 1, 1]]))
     >>> round(float(nats[0]), 4)  # three bits
     2.0794
   """

@@ -69,7 +69,8 @@ def bound(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.bound(jd.VP(), jd.predictions.score())
-    >>> value, _ = loss(jax.random.key(0), jnp.zeros((500, 2)), lambda x, t: -x)  # the score of N(0, I)
+    >>> network = jax.tree_util.Partial(lambda x, t: -x)  # the score of N(0, I)
+    >>> value, _ = jax.jit(loss)(jax.random.key(0), jnp.zeros((500, 2)), network)
     >>> bool(abs(value.mean() - jnp.log(2 * jnp.pi)) < 0.5)
     True
   """

@@ -50,7 +50,8 @@ def classification(sde: ScalarSDE, time: times.Times = times.uniform(), t0: Scal
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.classification(jd.VP())
     >>> undecided = lambda x, t: jnp.zeros((len(x), 10))
-    >>> nats, aux = loss(jax.random.key(0), jnp.zeros((8, 2)), undecided, {"label": jnp.arange(8)})
+    >>> nats_of = jax.jit(lambda key, x, label: loss(key, x, undecided, {"label": label}))
+    >>> nats, aux = nats_of(jax.random.key(0), jnp.zeros((8, 2)), jnp.arange(8))
     >>> [round(float(value), 4) for value in nats[:2]]
     [2.3026, 2.3026]
   """

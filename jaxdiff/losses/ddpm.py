@@ -62,7 +62,8 @@ def ddpm_simple(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.ddpm_simple(jd.ddpm.Chain(jd.ddpm.linear_betas()))
-    >>> value, aux = loss(jax.random.key(0), jnp.zeros((8, 2)), lambda x, t: jnp.zeros_like(x))
+    >>> network = jax.tree_util.Partial(lambda x, t: jnp.zeros_like(x))
+    >>> value, aux = jax.eval_shape(loss, jax.random.key(0), jnp.zeros((8, 2)), network)
     >>> value.shape
     (8,)
 
@@ -207,7 +208,8 @@ def ddpm_elbo(
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> chain = jd.ddpm.Chain(jd.ddpm.cosine_betas(20))
     >>> exact = lambda x, t: chain.sde().marginal(t)[1][:, None] * x  # the noise to expect in data N(0, I)
-    >>> bound, aux = jd.losses.ddpm_elbo(chain, every_step=True)(jax.random.key(0), jnp.zeros((1, 1)), exact)
+    >>> loss = jd.losses.ddpm_elbo(chain, every_step=True)
+    >>> bound, aux = jax.eval_shape(lambda x: loss(jax.random.key(0), x, exact), jnp.zeros((1, 1)))
     >>> bound.shape, sorted(aux)
     ((1,), ['bits_per_dim', 'kl', 'prior', 'reconstruction'])
 

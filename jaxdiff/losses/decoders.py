@@ -141,7 +141,8 @@ def discretized_gaussian_log_prob(
   Example:
     >>> import jax.numpy as jnp
     >>> from jaxdiff.losses import decoders
-    >>> log_prob = decoders.discretized_gaussian_log_prob(jnp.array([[0]]), jnp.zeros((1, 1)), jnp.float32(0.0), 2)
+    >>> density = jax.jit(decoders.discretized_gaussian_log_prob, static_argnums=3)
+    >>> log_prob = density(jnp.array([[0]]), jnp.zeros((1, 1)), 0.0, 2)  # two levels, one on each side of the mean
     >>> round(float(jnp.exp(log_prob[0])), 4)
     0.5
 

@@ -34,8 +34,8 @@ def drop_conditions(loss: Loss, null: Mapping[str, Scalar], probability: float) 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.drop_conditions(jd.losses.denoising(jd.VP(), jd.predictions.noise()), {"label": 10}, 0.1)
-    >>> network, label = lambda x, t, label: x * label[:, None], jnp.arange(8)
-    >>> loss(jax.random.key(0), jnp.zeros((8, 2)), network, {"label": label})[0].shape
+    >>> network, label = jax.tree_util.Partial(lambda x, t, label: x * label[:, None]), jnp.arange(8)
+    >>> jax.eval_shape(loss, jax.random.key(0), jnp.zeros((8, 2)), network, {"label": label})[0].shape
     (8,)
 
   References:

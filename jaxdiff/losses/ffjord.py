@@ -69,7 +69,8 @@ def ffjord(
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.ffjord(kinetic=0.1)
-    >>> value, aux = loss(jax.random.key(0), jnp.ones((1, 2)), lambda x, t: jnp.ones_like(x))
+    >>> field = jax.tree_util.Partial(lambda x, t: jnp.ones_like(x))
+    >>> value, aux = jax.jit(loss)(jax.random.key(0), jnp.ones((1, 2)), field)
     >>> round(float(aux["nats"][0]), 3), round(float(aux["kinetic"][0]), 3)  # log(2 pi) + 4, and |(1, 1)|^2
     (5.838, 2.0)
   """

@@ -52,7 +52,8 @@ def hybrid(
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.hybrid(jd.CLD())
     >>> network = jd.cld.on_channels(lambda params, x, t: params * x)
-    >>> value, aux = loss(jax.random.key(0), jnp.zeros((8, 2)), lambda u, t: network(0.5, u, t))
+    >>> network = jax.tree_util.Partial(network, 0.5)
+    >>> value, aux = jax.eval_shape(loss, jax.random.key(0), jnp.zeros((8, 2)), network)
     >>> value.shape
     (8,)
   """

@@ -92,7 +92,7 @@ def lsgm(
     >>> loss = jd.losses.lsgm(jd.VP(), jd.losses.observations.gaussian(std=1.0), jd.predictions.score())
     >>> autoencoder = jd.typing.Autoencoder(lambda x: (x / 2, jnp.full_like(x, -jnp.log(2.0))), lambda z: z)
     >>> model = jd.losses.LatentModel(autoencoder, lambda z, t: -z)  # the score of N(0, I)
-    >>> value, aux = loss(jax.random.key(0), jnp.zeros((500, 2)), model)
+    >>> value, aux = jax.jit(lambda x: loss(jax.random.key(0), x, model))(jnp.zeros((500, 2)))
     >>> bool(abs(value.mean() - jnp.log(4 * jnp.pi)) < 0.5)  # x is N(0, 2 I)
     True
   """

@@ -33,7 +33,8 @@ def ncsn(chain: levels.Chain, prediction: Prediction = predictions.noise(), stra
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> loss = jd.losses.ncsn(jd.ncsn.Chain(jd.ncsn.geometric_sigmas(10, 0.01, 1.0)))
-    >>> value, aux = loss(jax.random.key(0), jnp.zeros((8, 2)), lambda x, t: jnp.zeros_like(x))
+    >>> network = jax.tree_util.Partial(lambda x, t: jnp.zeros_like(x))
+    >>> value, aux = jax.eval_shape(loss, jax.random.key(0), jnp.zeros((8, 2)), network)
     >>> value.shape
     (8,)
 

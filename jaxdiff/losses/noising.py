@@ -48,9 +48,9 @@ def noised_condition(loss: Loss, image: str, level: str, most: float) -> Loss:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> inner = jd.losses.denoising(jd.VP(), jd.predictions.noise())
     >>> loss = jd.losses.noised_condition(inner, "small", "level", most=0.5)
-    >>> network = lambda x, t, small, level: x * level[:, None, None, None]
-    >>> small = jnp.zeros((2, 4, 4, 1))
-    >>> value, aux = loss(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), network, {"small": small})
+    >>> network = jax.tree_util.Partial(lambda x, t, small, level: x * level[:, None, None, None])
+    >>> x, small = jnp.zeros((2, 8, 8, 1)), jnp.zeros((2, 4, 4, 1))
+    >>> value, aux = jax.jit(loss)(jax.random.key(0), x, network, {"small": small})
     >>> value.shape, bool(jnp.all(aux["level"] < 0.5))
     ((2,), True)
   """

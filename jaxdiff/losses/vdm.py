@@ -66,10 +66,9 @@ def vdm(
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
-    >>> gamma = jd.schedules.Gamma(-6.0, 6.0, jd.schedules.monotone_network())
-    >>> loss = jd.losses.vdm(gamma, levels=17)
-    >>> x = jnp.zeros((4, 8), jnp.uint8)
-    >>> sorted(loss(jax.random.key(0), x, lambda x, t: 0 * x)[1])
+    >>> loss = jd.losses.vdm(jd.schedules.Gamma(-6.0, 6.0), levels=17)  # a straight schedule
+    >>> x, network = jnp.zeros((4, 8), jnp.uint8), jax.tree_util.Partial(lambda x, t: 0 * x)
+    >>> sorted(jax.eval_shape(loss, jax.random.key(0), x, network)[1])
     ['bits_per_dim', 'diffusion', 'prior', 'reconstruction']
   """
   if not isinstance(gamma, Gamma):

@@ -70,7 +70,7 @@ def vq(
     >>> loss = jd.losses.vq(jd.losses.observations.gaussian(std=1.0), codebook="loss")
     >>> codes = {"vectors": jnp.array([[0.0], [1.0]])}
     >>> network = jd.typing.QuantizedAutoencoder(lambda x: x[..., None], lambda z: z[..., 0], codes)
-    >>> _, aux = loss(jax.random.key(0), jnp.array([[0.0, 1.0]]), network)
+    >>> _, aux = jax.jit(lambda x: loss(jax.random.key(0), x, network))(jnp.array([[0.0, 1.0]]))
     >>> round(float(aux["nats"][0]), 4)  # log(2 pi) + 2 log 2
     3.2242
   """

@@ -43,9 +43,10 @@ class AutoencoderKL(nn.Module):
   Example:
     >>> import jax
     >>> net, x = AutoencoderKL(channels=8, channel_multipliers=(1, 2), blocks=1, groups=4), jnp.ones((2, 8, 8, 3))
-    >>> params = jax.jit(net.init)(jax.random.key(0), x)
-    >>> mean, log_variance = net.apply(params, x, method="encode")
-    >>> mean.shape, net.apply(params, mean, method="decode").shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x)
+    >>> encode, decode = (lambda v, x, name=name: net.apply(v, x, method=name) for name in ("encode", "decode"))
+    >>> mean, log_variance = jax.eval_shape(encode, params, x)
+    >>> mean.shape, jax.eval_shape(decode, params, mean).shape
     ((2, 4, 4, 4), (2, 8, 8, 3))
   """
 

@@ -86,8 +86,8 @@ class Classifier(nn.Module):
   Example:
     >>> import jax
     >>> net, x, t = Classifier(classes=10, channels=8), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
-    >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
-    >>> jax.jit(net.apply)(params, x, t).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    >>> jax.eval_shape(net.apply, params, x, t).shape
     (2, 10)
   """
 

@@ -28,8 +28,8 @@ class Dequantizer(nn.Module):
   Example:
     >>> import jax
     >>> flow, x = Dequantizer(width=8), jnp.zeros((2, 4, 4, 1))
-    >>> eps = jax.random.normal(jax.random.key(0), x.shape)
-    >>> u, log_det = flow.apply(flow.init(jax.random.key(1), eps, x), eps, x)
+    >>> params = jax.eval_shape(flow.init, jax.random.key(0), x, x)
+    >>> u, log_det = jax.eval_shape(flow.apply, params, x, x)  # of noise like x, and x
     >>> u.shape, log_det.shape
     ((2, 4, 4, 1), (2,))
   """

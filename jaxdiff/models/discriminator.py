@@ -83,8 +83,8 @@ class StepDiscriminator(nn.Module):
   Example:
     >>> import jax
     >>> net, x, t = StepDiscriminator(channels=8), jnp.ones((2, 8, 8, 1)), jnp.array([0.25, 1.0])
-    >>> params = jax.jit(net.init)(jax.random.key(0), x, t, x_t=x)
-    >>> jax.jit(net.apply)(params, x, t, x_t=x).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t, x_t=x)
+    >>> jax.eval_shape(net.apply, params, x, t, x_t=x).shape
     (2,)
   """
 
@@ -146,8 +146,8 @@ class VectorDiscriminator(nn.Module):
   Example:
     >>> import jax
     >>> net, x, t = VectorDiscriminator(width=32), jnp.ones((5, 2)), jnp.linspace(0.1, 1.0, 5)
-    >>> params = net.init(jax.random.key(0), x, t, x_t=x)
-    >>> net.apply(params, x, t, x_t=x).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t, x_t=x)
+    >>> jax.eval_shape(net.apply, params, x, t, x_t=x).shape
     (5,)
   """
 

@@ -177,8 +177,8 @@ class DiT(nn.Module):
 
   Example:
     >>> net, x, t = DiT(width=16, depth=2, heads=2), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
-    >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
-    >>> jax.jit(net.apply)(params, x, t).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    >>> jax.eval_shape(net.apply, params, x, t).shape
     (2, 8, 8, 1)
   """
 

@@ -72,8 +72,8 @@ class RefineNet(nn.Module):
 
   Example:
     >>> net, x, t = RefineNet(channels=4, dilations=(2,), blocks=1), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
-    >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
-    >>> jax.jit(net.apply)(params, x, t).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    >>> jax.eval_shape(net.apply, params, x, t).shape
     (2, 8, 8, 1)
 
   References:

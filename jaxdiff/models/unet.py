@@ -115,8 +115,8 @@ class UNet(nn.Module):
   Example:
     >>> import jax
     >>> net, x, t = UNet(channels=16), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
-    >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
-    >>> jax.jit(net.apply)(params, x, t).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    >>> jax.eval_shape(net.apply, params, x, t).shape
     (2, 8, 8, 1)
   """
 

@@ -49,8 +49,8 @@ class VDMNet(nn.Module):
   Example:
     >>> import jax
     >>> net, x, t = VDMNet(depth=1, channels=8, groups=4), jnp.ones((2, 8, 8, 1)), jnp.array([0.1, 0.9])
-    >>> params = jax.jit(net.init)(jax.random.key(0), x, t)
-    >>> jax.jit(net.apply)(params, x, t).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    >>> jax.eval_shape(net.apply, params, x, t).shape
     (2, 8, 8, 1)
 
   References:

@@ -83,7 +83,8 @@ def adaptive_sde(
     >>> import jax, jaxdiff as jd
     >>> sde = jd.VP()
     >>> x_T = sde.prior_sample(jax.random.key(0), (4, 2))
-    >>> sample = jd.samplers.adaptive_sde(sde, 0.05, 0.05)(jax.random.key(1), x_T, lambda x, t: -x)
+    >>> sampler = jax.jit(jd.samplers.adaptive_sde(sde, 0.05, 0.05))
+    >>> sample = sampler(jax.random.key(1), x_T, jax.tree_util.Partial(lambda x, t: -x))
     >>> bool((sample.nfe == 2 * (sample.status.accepted + sample.status.rejected)).all())
     True
   """

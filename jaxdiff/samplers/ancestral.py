@@ -87,7 +87,7 @@ def ancestral(
     >>> chain = jd.ddpm.Chain(jd.ddpm.linear_betas())
     >>> sampler = jd.samplers.ancestral(chain, range(1000, -1, -100), variance="beta")
     >>> x_T = chain.sde().prior_sample(jax.random.key(0), (4, 2))
-    >>> sample = sampler(jax.random.key(1), x_T, lambda x, t: -x)
+    >>> sample = jax.jit(sampler)(jax.random.key(1), x_T, jax.tree_util.Partial(lambda x, t: -x))
     >>> sample.x.shape, sample.nfe.tolist()
     ((4, 2), [10, 10, 10, 10])
   """

@@ -44,8 +44,8 @@ def denoising_gan(chain: Chain, latent_dim: int, path: int = 0) -> FixedGrid:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> chain = jd.ddpm.Chain(jd.ddpm.vp_betas(4))
     >>> x_T = chain.sde().prior_sample(jax.random.key(0), (3, 2))
-    >>> signs = lambda x, t, latent: jnp.sign(latent)
-    >>> sample = jd.samplers.denoising_gan(chain, latent_dim=2)(jax.random.key(1), x_T, signs)
+    >>> signs = jax.tree_util.Partial(lambda x, t, latent: jnp.sign(latent))
+    >>> sample = jax.jit(jd.samplers.denoising_gan(chain, latent_dim=2))(jax.random.key(1), x_T, signs)
     >>> jnp.abs(sample.x).round(4).tolist(), sample.nfe.tolist()
     ([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [4, 4, 4])
   """

@@ -92,7 +92,8 @@ def edm(
     >>> sde = jd.EDM(sigma_max=80.0)
     >>> sampler = jd.samplers.edm(sde, jd.time_grid(sde, 18, kind="karras", t0=0.002), churn=10.0)
     >>> x_T = sde.prior_sample(jax.random.key(0), (4, 2))
-    >>> sample = sampler(jax.random.key(1), x_T, lambda x, t: -x / (1 + t[:, None] ** 2))
+    >>> score = jax.tree_util.Partial(lambda x, t: -x / (1 + t[:, None] ** 2))
+    >>> sample = jax.jit(sampler)(jax.random.key(1), x_T, score)
     >>> sample.x.shape, sample.nfe.tolist()
     ((4, 2), [36, 36, 36, 36])
   """

@@ -62,7 +62,8 @@ def langevin(step_size: Scalar, steps: int, t: Scalar = 0.0, path: int = 0):
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sampler = jd.samplers.langevin(step_size=0.1, steps=100)
-    >>> sampler(jax.random.key(0), jnp.zeros((4, 2)), lambda x, t: -x).x.shape
+    >>> score = jax.tree_util.Partial(lambda x, t: -x)
+    >>> jax.eval_shape(sampler, jax.random.key(0), jnp.zeros((4, 2)), score).x.shape
     (4, 2)
   """
   _check(step_size, steps)
@@ -100,7 +101,8 @@ def mala(step_size: Scalar, steps: int, t: Scalar = 0.0):
   Example:
     >>> import jax, jax.numpy as jnp, jaxdiff as jd
     >>> sampler = jd.samplers.mala(step_size=0.1, steps=100)
-    >>> sample = sampler(jax.random.key(0), jnp.zeros((4, 2)), lambda x, t: -0.5 * jnp.sum(x**2, axis=1))
+    >>> log_density = jax.tree_util.Partial(lambda x, t: -0.5 * jnp.sum(x**2, axis=1))
+    >>> sample = jax.jit(sampler)(jax.random.key(0), jnp.zeros((4, 2)), log_density)
     >>> (sample.status.accepted + sample.status.rejected).tolist()
     [100, 100, 100, 100]
 
@@ -181,7 +183,7 @@ def annealed_langevin(
     >>> chain = jd.ncsn.Chain(jd.ncsn.geometric_sigmas(10, sigma_min=0.01, sigma_max=1.0))
     >>> sampler = jd.samplers.annealed_langevin(chain, step_size=2e-5, steps=100)
     >>> x_T = chain.sde().prior_sample(jax.random.key(0), (4, 2))
-    >>> sampler(jax.random.key(1), x_T, lambda x, t: -x).nfe.tolist()
+    >>> jax.jit(sampler)(jax.random.key(1), x_T, jax.tree_util.Partial(lambda x, t: -x)).nfe.tolist()
     [1001, 1001, 1001, 1001]
   """
   checks.made("chain", chain)
