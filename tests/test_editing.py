@@ -1,5 +1,7 @@
 """SDEdit, inversion and interpolation against the exact flows and posteriors of Gaussian data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,11 @@ IMAGE = np.array([-1.0, 2.0, 0.6])
 
 def key():
   return jax.random.key(0)
+
+
+@functools.cache
+def grid(steps):
+  return compiled(lambda: jd.time_grid(SDE, steps))
 
 
 def drawn(seed, count, data=DATA):
@@ -49,7 +56,7 @@ def expected(ts, repeats, stochastic):
 @pytest.mark.parametrize(("repeats", "stochastic"), [(1, True), (3, True), (1, False), (2, False)])
 def test_sdedit_has_the_distribution_of_the_exact_posterior(repeats, stochastic):
   """Within 4.5 standard errors: ancestral steps of the optimal variance are exact, and the flow's are to 0.1%."""
-  ts = editing.lower_part(jd.time_grid(SDE, 40), 0.55)
+  ts = editing.lower_part(grid(40), 0.55)
   if stochastic:
     sampler = jd.samplers.ancestral(SDE, ts, variance="optimal", data_variance=DATA.std[0] ** 2)
   else:
@@ -64,7 +71,7 @@ def test_sdedit_has_the_distribution_of_the_exact_posterior(repeats, stochastic)
 
 
 def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
-  ts = jd.time_grid(SDE, 50)
+  ts = grid(50)
   assert len(editing.lower_part(ts, 1e-6)) == 2
   np.testing.assert_array_equal(editing.lower_part(ts, 1.0), ts)
   np.testing.assert_array_equal(editing.lower_part(ts, 0.6), ts[20:])
@@ -79,7 +86,7 @@ def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_sdedit_of_an_example_is_its_own(repeats):
   """In another order, by one program; a broken example is named; the path is that of the last repetition."""
-  ts, traces = editing.lower_part(jd.time_grid(SDE, 8), 0.5), []
+  ts, traces = editing.lower_part(grid(8), 0.5), []
   edit = editing.sdedit(jd.samplers.reverse_sde(SDE, ts, path=2), repeats)
 
   @jax.jit
@@ -115,7 +122,7 @@ def test_sdedit_counts_the_calls_of_any_score():
     def evaluations(self, times):
       return 2
 
-  ts = jd.time_grid(SDE, 4)[2:]
+  ts = grid(4)[2:]
   edit = editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)
   sample = compiled(lambda key, x: edit(key, x, Twice()), key(), np.ones((1, 2), np.float32))
   jax.effects_barrier()
@@ -157,7 +164,7 @@ def of_label(x, t, label):
 
 
 def pair(steps, path=0):
-  ts = jd.time_grid(SDE, steps)
+  ts = grid(steps)
   return jd.samplers.ddim_encode(SDE, ts), jd.samplers.ddim(SDE, ts, path=path), float(ts[-1])
 
 
@@ -249,7 +256,7 @@ def test_a_broken_encoding_is_named_and_the_path_is_that_of_decoding():
 
 def test_bad_input_of_exchange_and_interpolation_is_refused():
   encode, decode, _ = pair(4)
-  x, score, other = np.ones((2, 3), np.float32), lambda x, t: -x, jd.samplers.ddim(SDE, jd.time_grid(SDE, 4)[1:])
+  x, score, other = np.ones((2, 3), np.float32), lambda x, t: -x, jd.samplers.ddim(SDE, grid(4)[1:])
   for make in (editing.exchange, editing.interpolation):
     with pytest.raises(ValueError, match=r"encode must walk from the data to noise, but its times fall from 1.0"):
       make(decode, decode)

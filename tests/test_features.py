@@ -27,7 +27,7 @@ def digits():
 
 @pytest.fixture
 def short(monkeypatch):
-  for name, value in {"_STEPS": 40, "_BATCH": 32, "_RATE": 5e-3}.items():
+  for name, value in {"_STEPS": 50, "_BATCH": 16, "_RATE": 5e-3}.items():
     monkeypatch.setattr(classifier, name, value)
 
 

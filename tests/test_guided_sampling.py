@@ -35,6 +35,10 @@ def key():
   return jax.random.key(0)
 
 
+def grid(sde, steps, **options):
+  return compiled(lambda: jd.time_grid(sde, steps, **options))
+
+
 def exact_ends(first, last, power, gamma=GAMMA):
   """Mean and variance at l = last, of N(0, first) at l = first."""
   log_l = np.linspace(np.log(last), np.log(first), 100_001)
@@ -92,7 +96,7 @@ def test_guided_flows_end_where_the_closed_form_says(x64):
   sampler = jd.samplers.probability_flow(sde, 1e-8, 1e-8)
   x_T, cond = np.array([[0.0], [1.0]]), {"label": np.zeros(2, int)}
   low, high = compiled(lambda keys, x_T, cond: sampler(keys, x_T, score, cond).x[:, 0], key(), x_T, cond)
-  t0 = jd.time_grid(sde, 1)[-1]
+  t0 = grid(sde, 1)[-1]
   (alpha, _), (scale, _) = compiled(lambda: (sde.marginal(jnp.asarray(sde.t1)), sde.marginal(t0)))
   mean, variance = exact_ends(*ends(sde, sde.t1, t0), 0.5)
   found = np.array([low / scale, ((high - low) * alpha / scale) ** 2 * ends(sde, sde.t1, t0)[0]])
@@ -103,7 +107,7 @@ def test_guided_flows_end_where_the_closed_form_says(x64):
 @pytest.mark.parametrize("kind", ["vp", "edm"])
 def test_guided_reverse_sdes_end_where_the_closed_form_says(kind, x64):
   sde = SDES[kind]
-  ts = jd.time_grid(sde, 400)
+  ts = grid(sde, 400)
   found = sampled_moments(jd.samplers.stochastic_heun(sde, ts), guided_to_y(sde))
   scale = float(sde.marginal(ts[-1])[0])
   np.testing.assert_allclose(found / [scale, scale**2], exact_ends(*ends(sde, ts[0], ts[-1]), 1.0), rtol=2e-3)
@@ -112,9 +116,9 @@ def test_guided_reverse_sdes_end_where_the_closed_form_says(kind, x64):
 def test_the_mean_shift_converges_to_guidance_of_the_score(x64):
   """The difference of their moments halves with the steps; both come to those of the reverse SDE."""
   sde, counts, apart = SDES["vp"], (100, 400), []
-  t0 = sde.time_of_log_snr(jnp.asarray(8.0))
+  t0 = compiled(lambda: sde.time_of_log_snr(jnp.asarray(8.0)))
   for steps in counts:
-    ts = jd.time_grid(sde, steps, t0=t0)
+    ts = grid(sde, steps, t0=t0)
     shift = jd.guidance.mean_shift(log_posterior(sde), GAMMA)
     shifted = sampled_moments(jd.samplers.ancestral(sde, ts, "beta", shift=shift), ALL.score(sde))
     led = sampled_moments(jd.samplers.ancestral(sde, ts, "beta"), guided_to_y(sde))
@@ -182,8 +186,8 @@ SDE = jd.VP()
 @functools.cache
 def times():
   """A grid, and a scale that is 1 but for the levels of its indices 2 and 3."""
-  ts = jd.time_grid(SDE, 6)
-  level = np.exp(-0.5 * np.asarray(jd.log_snr(SDE, ts)))
+  ts = grid(SDE, 6)
+  level = np.exp(-0.5 * compiled(lambda: jd.log_snr(SDE, ts)))
   return ts, jd.guidance.interval(SDE, 2.0, 0.9 * float(level[3]), 1.1 * float(level[2]))
 
 
@@ -302,7 +306,7 @@ def test_guided_samples_are_float32_under_vmap_with_gradients_in_the_scale():
 
 def test_gradients_and_maps_over_the_scale(x64):
   """Against a finite difference; a scale for every example by vmap."""
-  sampler = jd.samplers.ddim(SDE, jd.time_grid(SDE, 6))
+  sampler = jd.samplers.ddim(SDE, grid(SDE, 6))
   keys, x_T, cond = inputs(SDE)
   one = lambda key, x, label, gamma: sampler(
     key[None], x[None], guided_every_way(SDE, gamma), {"label": label[None]}

@@ -55,7 +55,7 @@ ROWS = np.array([[0.5, 1.0, -0.4]])
 
 @functools.cache
 def grid(steps):
-  return np.asarray(jd.time_grid(SDE, steps))
+  return compiled(lambda: jd.time_grid(SDE, steps))
 
 
 def levels(ts):
@@ -148,7 +148,7 @@ def affine_moments(sampler, score, y, d):
   ids=["pigdm", "pigdm with noise", "reconstruction"],
 )
 def test_samples_of_guided_scores_have_the_moments_of_their_formulas(guide, pull, x64):
-  ts = grid(30)
+  ts = grid(12)
   operator = inverse.operator(lambda x: x @ jnp.asarray(ROWS.T), (3,))
   found = affine_moments(jd.samplers.ddim(SDE, ts), guide(THREE.score(), operator), (1,), 3)
   for value, expected in zip(found, guided_moments(THREE, ts, ROWS, pull), strict=True):
@@ -156,7 +156,7 @@ def test_samples_of_guided_scores_have_the_moments_of_their_formulas(guide, pull
 
 
 def test_ancestral_samples_of_guided_scores_have_the_moments_of_their_formulas():
-  ts, rows = grid(20), np.eye(3)[:1]
+  ts, rows = grid(12), np.eye(3)[:1]
   sampler = jd.samplers.ancestral(SDE, ts)
   score = inverse.reconstruction(THREE.score(), first(3), 2.0)
   run = lambda key, x_T, _, cond: sampler(key, x_T, score, cond)
@@ -296,7 +296,7 @@ def dps_density(ts, mean, variance, y, scale, x):
 def test_dps_samples_have_the_density_of_algorithm_1():
   """By quadrature; the posterior N(0.79, 0.18) of a measurement with noise 0.5 is another one."""
   data, y, scale = Data(np.array([0.3]), np.array([[0.64]])), 1.0, 0.3
-  ts = np.asarray(jd.time_grid(SDE, 30, t0=float(SDE.time_of_log_snr(-2 * np.log(0.2)))))
+  ts = compiled(lambda: jd.time_grid(SDE, 12, t0=SDE.time_of_log_snr(jnp.asarray(-2 * np.log(0.2)))))
   x = np.linspace(-6, 6, 601)
   density = dps_density(ts, 0.3, 0.64, y, scale, x)
   dx = x[1] - x[0]

@@ -21,7 +21,7 @@ def key():
 
 @functools.cache
 def grid(steps):
-  return jd.time_grid(SDE, steps)
+  return compiled(lambda: jd.time_grid(SDE, steps))
 
 
 def toward(x, t, center=0.0):
@@ -113,7 +113,7 @@ def test_every_evaluation_is_counted(method):
 @functools.cache
 def to_level():
   """A grid that ends at sigma = 0.2 alpha."""
-  return jd.time_grid(SDE, 6, t0=SDE.time_of_log_snr(-2 * np.log(0.2)))
+  return compiled(lambda: jd.time_grid(SDE, 6, t0=SDE.time_of_log_snr(jnp.asarray(-2 * np.log(0.2)))))
 
 
 @EACH

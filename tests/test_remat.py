@@ -112,7 +112,7 @@ def test_bfloat16_trains_float32_parameters():
   optimizer, losses = optax.adam(1e-2), {}
   denoising = jd.losses.denoising(jd.VP(), jd.predictions.noise())
   for dtype, remat in (("float32", "none"), ("bfloat16", "full")):
-    net = NET.clone(dtype=dtype, remat=remat, dropout=0.0, attention_levels=(), middle_attention=False)
+    net = NET.clone(dtype=dtype, remat=remat, dropout=0.0, blocks=0, attention_levels=())
     objective = lambda params, keys, batch, net=net: denoising(
       keys, batch["x"], functools.partial(net.apply, params), u=batch["u"]
     )

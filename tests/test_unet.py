@@ -13,7 +13,7 @@ from jaxdiff.models import UNet, presets
 from jaxdiff.models.conditioning import Embedding, Image, Label
 from jaxdiff.models.layers import sinusoidal_embedding
 
-SMALL = {"channels": 8, "blocks": 1, "groups": 4}
+SMALL = {"channels": 8, "blocks": 0, "groups": 4}
 KINDS = {
   "ddpm": UNet(**SMALL, modulation="add", all_biases=True, resampling="conv"),
   "ncsnpp": UNet(
