@@ -1,6 +1,7 @@
 """Exact moments of a sampler on Gaussian data, where every step is affine in its state and its noises."""
 
 import itertools
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -19,11 +20,11 @@ def unit_noise(first):
   )
 
 
-def affine_steps(sampler, score, d, draws=1):
-  """Every step x' = slope x + shift + noise z of a sampler without memory, from its own code: each [steps, d].
+def step_maps(sampler, nodes, score, d, draws=1):
+  """Every step x' = slope x + shift + noise z over these nodes, of a sampler without memory: each [steps, d].
 
   The step is run for x = 0 and x = 1 without noise, then for x = 0 with a unit of one noise after the other; what it
-  draws in a loop counts as one draw.
+  draws in a loop counts as one draw. To be called within jit.
   """
 
   def step(node):
@@ -32,31 +33,55 @@ def affine_steps(sampler, score, d, draws=1):
       field, keys = Field(sampler.sde, score, {}), jd.example_keys(jax.random.key(0), 0, 2 + draws)
       return sampler.method.step(field, x, (), node, keys)[0]
 
-  ends = jax.jit(jax.vmap(step))(sampler.method.nodes)
+  ends = jax.vmap(step)(nodes)
   noise = jnp.sqrt(jnp.sum((ends[:, 2:] - ends[:, :1]) ** 2, axis=1))
   return ends[:, 1] - ends[:, 0], ends[:, 0], noise
 
 
-def moments(sampler, data, draws=1, offset=0.0):
+def affine_steps(sampler, score, d, draws=1):
+  """`step_maps` of all steps of a sampler."""
+  return jax.jit(lambda nodes: step_maps(sampler, nodes, score, d, draws))(sampler.method.nodes)
+
+
+class Walk(NamedTuple):
+  """The maps of the steps of a sampler, and alpha [2] and the exact mean and variance [2, d] at its ends."""
+
+  maps: tuple
+  alpha: Any
+  means: Any
+  variances: Any
+
+
+def walks(samplers, data, draws=1):
+  """The walks of samplers that differ in their grids alone; to be called within jit, which vmaps one step."""
+  nodes = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(sampler.method.nodes for sampler in samplers))
+  maps = step_maps(samplers[0], nodes, data.score(samplers[0].sde), len(data.mean), draws)
+  found, start = [], 0
+  for sampler in samplers:
+    end = start + len(sampler.ts) - 1
+    ends = sampler.ts[jnp.asarray([0, -1])]
+    own = tuple(value[start:end] for value in maps)
+    found.append(Walk(own, sampler.sde.marginal(ends)[0], *data.moments(sampler.sde, ends)))
+    start = end
+  return found
+
+
+def moments(walk, offset=0.0):
   """Mean and variance [d] of the last state, from the exact p_t at the first time, its mean moved by `offset`."""
-  sde = sampler.sde
-  mean, variance = (np.asarray(v[0]) for v in data.moments(sde, sampler.ts[:1]))
-  mean = mean + offset
-  steps = affine_steps(sampler, data.score(sde), len(mean), draws)
-  for slope, shift, noise in zip(*(np.asarray(v) for v in steps), strict=True):
+  mean, variance = walk.means[0] + offset, walk.variances[0]
+  for slope, shift, noise in zip(*walk.maps, strict=True):
     mean, variance = slope * mean + shift, slope**2 * variance + noise**2
   return mean, variance
 
 
-def errors(sampler, data, eta=1.0, draws=1):
+def errors(walk, eta=1.0):
   """The largest errors of mean and variance at the last time, in units of the exact ones, from a mean that is off.
 
   (Where f = 0 the exact mean is kept without error.) The distance from the exact mean obeys
   d log|m| / dt = f + (1 + eta^2) / 2 g^2 / v, and v' = 2 f v + g^2: it goes as v^((1 + eta^2) / 2) alpha^(-eta^2).
   """
-  means, variances = (np.asarray(v) for v in data.moments(sampler.sde, sampler.ts[jnp.asarray([0, -1])]))
-  alpha = np.asarray(sampler.sde.marginal(sampler.ts)[0])
-  offset = np.sqrt(variances[0])
-  left = offset * (variances[1] / variances[0]) ** ((1 + eta**2) / 2) * (alpha[0] / alpha[-1]) ** (eta**2)
-  mean, variance = moments(sampler, data, draws, offset)
-  return np.array([np.max(np.abs(mean - means[1] - left) / left), np.max(np.abs(variance / variances[1] - 1))])
+  walk = jax.tree.map(np.asarray, walk)
+  offset, (before, after) = np.sqrt(walk.variances[0]), walk.variances
+  left = offset * (after / before) ** ((1 + eta**2) / 2) * (walk.alpha[0] / walk.alpha[1]) ** (eta**2)
+  mean, variance = moments(walk, offset)
+  return np.array([np.max(np.abs(mean - walk.means[1] - left) / left), np.max(np.abs(variance / after - 1))])

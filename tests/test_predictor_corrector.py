@@ -1,41 +1,61 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moments import affine_steps, errors, moments
-from oracles import SDES, gaussian
+from convergence import NORMAL
+from moments import errors, moments, step_maps, walks
+from oracles import compiled, gaussian
+from switch import EACH_SDE
 
 import jaxdiff as jd
 from jaxdiff.samplers.fixed_grid import FixedGrid, Method
 
-EACH_SDE = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 KEY = jax.random.key(0)
+TS = np.asarray([1.0, 0.7, 0.5, 0.3, 0.1], np.float32)
+PREDICTORS = ["reverse_sde", "reverse_diffusion", "stochastic_heun"]
 
 
 def predictor(sde, steps, make="reverse_diffusion", **options):
   return getattr(jd.samplers, make)(sde, jd.time_grid(sde, steps, t0=0.05 * sde.t1), **options)
 
 
-@pytest.mark.parametrize("make", ["reverse_sde", "reverse_diffusion", "stochastic_heun"])
+def still(sde, ts):
+  """A predictor that does nothing."""
+  return FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(len(ts) - 1), ts[:0]))
+
+
+@pytest.mark.parametrize("make", PREDICTORS)
 def test_no_corrector_steps_give_the_predictor_bit_for_bit(make):
-  sde = jd.VP()
-  alone = predictor(sde, 5, make)
-  nothing = jd.samplers.predictor_corrector(alone, jd.samplers.langevin_corrector(steps=0), path=1)
-  x_T = sde.prior_sample(KEY, (3, 3))
-  expected, sample = (jax.jit(lambda x, s=s: s(KEY, x, gaussian().score(sde)))(x_T) for s in (alone, nothing))
+  def run(ts, x_T):
+    alone = getattr(jd.samplers, make)(jd.VP(), ts)
+    nothing = jd.samplers.predictor_corrector(alone, jd.samplers.langevin_corrector(steps=0), path=1)
+    return [sampler(KEY, x_T, gaussian().score(jd.VP())) for sampler in (alone, nothing)]
+
+  expected, sample = compiled(run, TS, NORMAL[:3].astype(np.float32))
   np.testing.assert_array_equal(sample.x, expected.x)
   np.testing.assert_array_equal(sample.nfe, expected.nfe)
-  assert sample.path.shape == (6, 3, 3)
+  assert sample.path.shape == (5, 3, 3)
+
+
+@functools.cache
+def corrections():
+  """The corrector's steps alone at four times, for a score of 1 and for that of Gaussian data, with what they need."""
+
+  def run(sde):
+    data, ts = gaussian(), jnp.linspace(0.5, 0.1, 5) * sde.t1
+    sampler = jd.samplers.predictor_corrector(still(sde, ts), jd.samplers.langevin_corrector(snr=0.3))
+    maps = lambda score: step_maps(sampler, sampler.method.nodes, score, 3)
+    return maps(lambda x, t: jnp.ones_like(x)), maps(data.score(sde)), sde.marginal(ts[1:]), data.moments(sde, ts[1:])
+
+  return jax.jit(run)
 
 
 @EACH_SDE
 def test_step_size_of_the_langevin_corrector(sde, x64):
   """eta = 4 (r alpha sigma)^2 at the time of arrival, from the noise and the score that are added."""
-  ts = jnp.linspace(1.0, 0.1, 5) * sde.t1
-  still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(4), ts[:0]))
-  sampler = jd.samplers.predictor_corrector(still, jd.samplers.langevin_corrector(snr=0.3))
-  slope, shift, noise = affine_steps(sampler, lambda x, t: jnp.ones_like(x), 1)
-  alpha, sigma = sde.marginal(ts[1:])
+  (slope, shift, noise), _, (alpha, sigma), _ = jax.device_get(corrections()(sde))
   np.testing.assert_allclose(noise[:, 0] ** 2, 4 * (0.3 * alpha * sigma) ** 2, rtol=1e-9)
   np.testing.assert_allclose(shift, 0.5 * noise**2, rtol=1e-9)
   np.testing.assert_allclose(slope, 1, rtol=1e-12)
@@ -44,47 +64,59 @@ def test_step_size_of_the_langevin_corrector(sde, x64):
 @EACH_SDE
 def test_many_corrector_steps_have_the_variance_of_langevin(sde, x64):
   """The stationary variance of one step at time t on N(m, v): v / (1 - eta / (4 v)); its mean is m."""
-  data, ts = gaussian(), jnp.linspace(0.5, 0.1, 3) * sde.t1
-  still = FixedGrid(sde, ts, Method(lambda field, x, memory, node, keys: (x, memory), jnp.arange(2), ts[:0]))
-  sampler = jd.samplers.predictor_corrector(still, jd.samplers.langevin_corrector())
-  slope, shift, noise = affine_steps(sampler, data.score(sde), 3)
-  mean, v = data.moments(sde, ts[1:])
-  alpha, sigma = sde.marginal(ts[1:])
-  eta = (4 * (0.16 * alpha * sigma) ** 2)[:, None]
+  _, (slope, shift, noise), (alpha, sigma), (mean, v) = jax.device_get(corrections()(sde))
+  eta = (4 * (0.3 * alpha * sigma) ** 2)[:, None]
   np.testing.assert_allclose(shift / (1 - slope), mean, rtol=1e-6)
   np.testing.assert_allclose(noise**2 / (1 - slope**2), v / (1 - eta / (4 * v)), rtol=1e-6)
+
+
+@functools.cache
+def corrected():
+  def run(sde):
+    sampler = jd.samplers.predictor_corrector(predictor(sde, 400), jd.samplers.langevin_corrector(snr=0.16))
+    return walks([sampler], gaussian(), draws=2)[0]
+
+  return jax.jit(run)
 
 
 @EACH_SDE
 def test_moments_of_predictor_and_corrector(sde, x64):
   """Exact variance after 400 steps; the corrector's own bias is at most r^2 / (1 - r^2) = 2.6%, the predictor's 1%."""
-  sampler = jd.samplers.predictor_corrector(predictor(sde, 400), jd.samplers.langevin_corrector(snr=0.16))
-  data = gaussian()
-  assert errors(sampler, data, draws=2)[1] < 0.04
-  mean, _ = moments(sampler, data, draws=2)
-  exact, variance = (np.asarray(v[0]) for v in data.moments(sde, sampler.ts[-1:]))
-  assert np.all(np.abs(mean - exact) < 0.02 * np.sqrt(variance))
+  walk = jax.device_get(corrected()(sde))
+  assert errors(walk)[1] < 0.04
+  mean, _ = moments(walk)
+  assert np.all(np.abs(mean - walk.means[1]) < 0.02 * np.sqrt(walk.variances[1]))
 
 
-@pytest.mark.parametrize("sde", [jd.VP(), jd.SubVP(), jd.VE(), jd.EDM()], ids=["vp", "subvp", "ve", "edm"])
+@functools.cache
+def sampled():
+  def run(sde):
+    data = gaussian()
+    sampler = jd.samplers.predictor_corrector(predictor(sde, 60), jd.samplers.langevin_corrector(steps=2))
+    (mean, last), (variance, last_variance) = data.moments(sde, sampler.ts[jnp.asarray([0, -1])])
+    x_T = mean[None] + jnp.sqrt(variance)[None] * jax.random.normal(jax.random.key(1), (2000, 3))
+    return sampler(KEY, x_T, data.score(sde)).x, last, last_variance
+
+  return jax.jit(run)
+
+
+@EACH_SDE
 def test_samples_have_the_moments_of_the_data(sde):
   """2000 samples, 2 corrector steps each of 60: 5 standard errors, plus 6% for corrector and predictor."""
-  data, n = gaussian(), 2000
-  sampler = jd.samplers.predictor_corrector(predictor(sde, 60), jd.samplers.langevin_corrector(steps=2))
-  mean, variance = data.moments(sde, sampler.ts[:1])
-  x_T = mean + jnp.sqrt(variance) * jax.random.normal(jax.random.key(1), (n, 3))
-  x = jax.jit(lambda x: sampler(KEY, x, data.score(sde)).x)(x_T)
-  mean, variance = (v[0] for v in data.moments(sde, sampler.ts[-1:]))
-  assert np.all(np.abs(x.mean(axis=0) - mean) < (5 / np.sqrt(n) + 0.02) * np.sqrt(variance))
-  np.testing.assert_allclose(x.var(axis=0), variance, rtol=5 * np.sqrt(2 / n) + 0.06)
+  x, mean, variance = jax.device_get(sampled()(sde))
+  assert np.all(np.abs(x.mean(axis=0) - mean) < (5 / np.sqrt(2000) + 0.02) * np.sqrt(variance))
+  np.testing.assert_allclose(x.var(axis=0), variance, rtol=5 * np.sqrt(2 / 2000) + 0.06)
 
 
 def test_a_corrector_mends_a_coarse_predictor(x64):
   """Variance after 10 steps of the flow by Euler's method, with and without corrector steps."""
-  sde, data = jd.VE(), gaussian()
-  alone = predictor(sde, 10, "reverse_sde", eta=0.0)
-  mended = jd.samplers.predictor_corrector(alone, jd.samplers.langevin_corrector(snr=0.4))
-  without, with_corrector = errors(alone, data, eta=0.0)[1], errors(mended, data, eta=0.0, draws=2)[1]
+
+  def run(sde):
+    alone = predictor(sde, 10, "reverse_sde", eta=0.0)
+    mended = jd.samplers.predictor_corrector(alone, jd.samplers.langevin_corrector(snr=0.4))
+    return walks([alone], gaussian())[0], walks([mended], gaussian(), draws=2)[0]
+
+  without, with_corrector = (errors(walk, eta=0.0)[1] for walk in compiled(run, jd.VE()))
   assert with_corrector < 0.7 * without, (with_corrector, without)
 
 
@@ -92,46 +124,59 @@ def test_your_own_corrector_acts_at_the_time_of_arrival():
   def step(field, x, t, keys):
     return jnp.broadcast_to(t, x.shape) + 0 * field.score(x, t)
 
-  alone = predictor(jd.VP(), 4)
-  sampler = jd.samplers.predictor_corrector(alone, jd.samplers.Corrector(step, 1), path=1)
-  sample = sampler(KEY, jnp.ones((2, 1)), lambda x, t: -x)
-  np.testing.assert_allclose(sample.path[1:, 0, 0], alone.ts[1:], rtol=1e-6)
+  def run(ts):
+    alone = jd.samplers.reverse_diffusion(jd.VP(), ts)
+    sampler = jd.samplers.predictor_corrector(alone, jd.samplers.Corrector(step, 1), path=1)
+    return sampler(KEY, jnp.ones((2, 1)), lambda x, t: -x)
+
+  sample = compiled(run, TS)
+  np.testing.assert_allclose(sample.path[1:, 0, 0], TS[1:], rtol=1e-6)
   assert sample.nfe.tolist() == [8, 8]
 
 
 def test_noises_of_predictor_and_corrector_are_independent():
   """Two noises of 10 000 examples in one step, score 0: the correlation is 0 within 4 standard errors."""
-  sde, x = jd.VE(sigma_max=2.0), jnp.zeros((10_000, 1))
-  alone = jd.samplers.reverse_diffusion(sde, jnp.asarray([1.0, 0.9]))
-  both = jd.samplers.predictor_corrector(alone, jd.samplers.langevin_corrector(steps=2))
-  score = lambda x, t: jnp.zeros_like(x)
-  first = alone(KEY, x, score).x
-  second = both(KEY, x, score).x - first
-  assert abs(np.corrcoef(first[:, 0], second[:, 0])[0, 1]) < 0.04
-  eta = 4 * (0.16 * sde.marginal(0.9)[1]) ** 2
-  np.testing.assert_allclose(second.var(), 2 * eta, rtol=4 * np.sqrt(2 / 10_000))
+  sde, score = jd.VE(sigma_max=2.0), lambda x, t: jnp.zeros_like(x)
+
+  def run(ts):
+    alone = jd.samplers.reverse_diffusion(sde, ts)
+    both = jd.samplers.predictor_corrector(alone, jd.samplers.langevin_corrector(steps=2))
+    first, second = (sampler(KEY, jnp.zeros((10_000, 1)), score).x[:, 0] for sampler in (alone, both))
+    return first, second - first, sde.marginal(0.9)[1]
+
+  first, second, sigma = compiled(run, np.asarray([1.0, 0.9], np.float32))
+  assert abs(np.corrcoef(first, second)[0, 1]) < 0.04
+  np.testing.assert_allclose(second.var(), 2 * 4 * (0.16 * sigma) ** 2, rtol=4 * np.sqrt(2 / 10_000))
 
 
 def test_evaluations_are_counted_and_example_k_is_the_same_in_any_batch():
   sde, calls = jd.SubVP(), []
-  corrector = jd.samplers.langevin_corrector(steps=2)
-  sampler = jd.samplers.predictor_corrector(predictor(sde, 3, "stochastic_heun"), corrector, denoise=True)
 
   def score(x, t, broken):
     jax.debug.callback(lambda _: calls.append(1), t)
     return jnp.where(broken[:, None], jnp.nan, gaussian().score(sde)(x, t))
 
-  x_T, broken = sde.prior_sample(KEY, (3, 3)), jnp.asarray([False, True, False])
-  whole = sampler(KEY, x_T, score, {"broken": broken})
+  @jax.jit
+  def run(ts, keys, x, broken):
+    alone, corrector = jd.samplers.stochastic_heun(sde, ts), jd.samplers.langevin_corrector(steps=2)
+    return jd.samplers.predictor_corrector(alone, corrector, denoise=True)(keys, x, score, {"broken": broken})
+
+  keys, x_T = jd.example_keys(KEY, 0, 3), NORMAL[:3].astype(np.float32)
+  whole = jax.device_get(run(TS, keys, x_T, np.asarray([False, True, False])))
   jax.effects_barrier()
-  assert whole.nfe.tolist() == [len(calls)] * 3 == [3 * (2 + 2) + 1] * 3
+  assert whole.nfe.tolist() == [len(calls)] * 3 == [4 * (2 + 2) + 1] * 3
   assert whole.status.code.tolist() == [0, 2, 0]
-  alone = sampler(jd.example_keys(KEY, 2, 1), x_T[2:], score, {"broken": broken[2:]})
-  np.testing.assert_allclose(whole.x[2:], alone.x, rtol=1e-5)
+  order = np.asarray([2, 1, 0])
+  turned = np.asarray(run(TS, keys[order], x_T[order], np.zeros(3, bool)).x)
+  np.testing.assert_allclose(turned[[0, 2]], whole.x[[2, 0]], rtol=1e-5)
 
 
 def test_bad_input_is_refused(untyped):
-  make, corrector, ts = jd.samplers.predictor_corrector, jd.samplers.langevin_corrector(), jnp.asarray([1.0, 0.5])
+  make, corrector, ts = (
+    jd.samplers.predictor_corrector,
+    jd.samplers.langevin_corrector(),
+    np.asarray([1.0, 0.5], np.float32),
+  )
   good = jd.samplers.reverse_diffusion(jd.VP(), ts)
   with pytest.raises(ValueError, match="predictor must step from one state alone"):
     make(FixedGrid(jd.VP(), ts, good.method._replace(memory=lambda x: jnp.zeros_like(x))), corrector)
@@ -145,7 +190,7 @@ def test_bad_input_is_refused(untyped):
   with pytest.raises(TypeError, match="corrector must be a Corrector, got function"):
     make(good, lambda x: x)
   with pytest.raises(ValueError, match="predictor_corrector needs noise at its last time, but sigma is 0"):
-    make(jd.samplers.reverse_diffusion(jd.VP(), jnp.asarray([1.0, 0.0])), corrector)
+    make(jd.samplers.reverse_diffusion(jd.VP(), np.asarray([1.0, 0.0], np.float32)), corrector)
   with pytest.raises(ValueError, match="snr must be positive"):
     jd.samplers.langevin_corrector(snr=0.0)
   with pytest.raises(ValueError, match="steps must be at least 0"):
