@@ -57,12 +57,14 @@ def expected(ts, repeats, stochastic):
 def test_sdedit_has_the_distribution_of_the_exact_posterior(repeats, stochastic):
   """Within 4.5 standard errors: ancestral steps of the optimal variance are exact, and the flow's are to 0.1%."""
   ts = editing.lower_part(grid(40), 0.55)
-  if stochastic:
-    sampler = jd.samplers.ancestral(SDE, ts, variance="optimal", data_variance=DATA.std[0] ** 2)
-  else:
+
+  def edit(key, x):  # the sampler is made within the program too
     sampler = jd.samplers.dpm_solver_pp(SDE, ts)
+    if stochastic:
+      sampler = jd.samplers.ancestral(SDE, ts, variance="optimal", data_variance=DATA.std[0] ** 2)
+    return editing.sdedit(sampler, repeats)(key, x, DATA.score(SDE))
+
   count = 4000
-  edit = lambda key, x: editing.sdedit(sampler, repeats)(key, x, DATA.score(SDE))
   sample = compiled(edit, key(), np.broadcast_to(IMAGE.astype(np.float32), (count, 3)))
   mean, std = expected(ts, repeats, stochastic)
   assert sample.nfe[0] == sample.status.accepted[0] == repeats * (len(ts) - 1)
@@ -77,8 +79,8 @@ def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
   np.testing.assert_array_equal(editing.lower_part(ts, 0.6), ts[20:])
   assert list(editing.lower_part([3, 2, 1, 0], 0.67)) == [2, 1, 0]
   x = drawn(0, 64)
-  samplers = [editing.sdedit(jd.samplers.ddim(SDE, part)) for part in (editing.lower_part(ts, 0.01), ts)]
-  near, whole = compiled(lambda key, x: [edit(key, x, DATA.score(SDE)).x for edit in samplers], key(), x)
+  edit = lambda key, x, ts: editing.sdedit(jd.samplers.ddim(SDE, ts))(key, x, DATA.score(SDE)).x
+  near, whole = compiled(lambda *args: [edit(*args, part) for part in (editing.lower_part(ts, 0.01), ts)], key(), x)
   assert 0 < np.max(np.abs(near - x)) < 0.02
   assert abs(np.corrcoef(whole[:, 1], x[:, 1])[0, 1]) < 4.5 / 64**0.5
 
@@ -87,7 +89,7 @@ def test_the_least_strength_returns_the_image_nearly_and_one_takes_all_steps():
 def test_sdedit_of_an_example_is_its_own(repeats):
   """In another order, by one program; a broken example is named; the path is that of the last repetition."""
   ts, traces = editing.lower_part(grid(8), 0.5), []
-  edit = editing.sdedit(jd.samplers.reverse_sde(SDE, ts, path=2), repeats)
+  edit = lambda *args: editing.sdedit(jd.samplers.reverse_sde(SDE, ts, path=2), repeats)(*args)
 
   @jax.jit
   def run(keys, x, center):
@@ -123,8 +125,8 @@ def test_sdedit_counts_the_calls_of_any_score():
       return 2
 
   ts = grid(4)[2:]
-  edit = editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)
-  sample = compiled(lambda key, x: edit(key, x, Twice()), key(), np.ones((1, 2), np.float32))
+  edit = lambda key, x: editing.sdedit(jd.samplers.stochastic_heun(SDE, ts), 3)(key, x, Twice())
+  sample = compiled(edit, key(), np.ones((1, 2), np.float32))
   jax.effects_barrier()
   assert sample.nfe.tolist() == [len(calls)] == [24]
 
@@ -178,8 +180,8 @@ def test_exchange_converges_to_the_exact_flow_at_the_order_of_ddim(x64):
   x, errors, t0 = drawn(0, 16).astype(float), [], pair(4)[2]
   exact = compiled(lambda x: [exchanged(x, 0, new, t0) for new in (0, 1)], x)
   for steps in (100, 400):
-    encode, decode, _ = pair(steps)
-    edit = jax.jit(lambda x, old, new, pair=(encode, decode): editing.exchange(*pair)(key(), x, of_label, old, new))
+    grid(steps)  # known outside the program
+    edit = jax.jit(lambda x, old, new, n=steps: editing.exchange(*pair(n)[:2])(key(), x, of_label, old, new))
     label = lambda new: {"label": np.full(16, new)}
     samples = [jax.device_get(edit(x, label(0), label(new))) for new in (0, 1)]
     assert samples[0].nfe.tolist() == samples[0].status.accepted.tolist() == [2 * steps] * 16
@@ -209,13 +211,13 @@ def test_exchange_gives_the_distribution_of_the_other_label():
 
 def test_interpolated_images_are_those_of_the_exact_flow():
   """The ends return, in between is the flow of the arc; every image is its own, of a program for all inputs."""
-  (encode, decode, t0), traces = pair(1600), []
+  t0, traces = float(grid(1600)[-1]), []
   fractions = np.linspace(0.0, 1.0, 5, dtype=np.float32)
 
   @jax.jit
   def run(keys, first, last, label):
     traces.append(1)
-    return editing.interpolation(encode, decode)(keys, first, last, fractions, of_label, {"label": label})
+    return editing.interpolation(*pair(1600)[:2])(keys, first, last, fractions, of_label, {"label": label})
 
   @jax.jit
   def exact(first, last):
