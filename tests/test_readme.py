@@ -25,6 +25,9 @@ SMALLER = {
   "np.asarray(x)), 256": "np.asarray(x)), 64",
   "total_steps=500": "total_steps=2",
   "UNet(channels=16,": "UNet(channels=8, channel_multipliers=(1,), groups=4, blocks=1,",
+  '"channel_multipliers": (1, 2)': '"channel_multipliers": (1,)',
+  "jnp.zeros((2, 8, 8, 1), jnp.uint8)": "jnp.zeros((2, 4, 4, 1), jnp.uint8)",
+  "jax.random.key(14), jnp.zeros((2, 8, 8, 1))": "jax.random.key(14), jnp.zeros((2, 4, 4, 1))",
   "latent_net = UNet(channels=8, channel_multipliers=(1,), groups=4, blocks=1)": "latent_net = MLP(width=8, depth=1)",
 }
 
