@@ -245,13 +245,14 @@ def test_values_belong_to_the_example_whose_condition_reaches_the_network():
 
 def test_wrong_use_is_refused():
   loss = jd.losses.denoising(jd.VP(), PREDICTIONS["noise"])
-  network = lambda x, t: x
+  run = lambda keys, x, network=lambda x, t: x: jax.eval_shape(lambda x: loss(keys(), x, network), x)
+  one, many = (lambda: jax.random.key(0)), (lambda: jd.example_keys(jax.random.key(0), 0, 2))
   with pytest.raises(ValueError, match="one key per example, but stratified times need"):
-    loss(jd.example_keys(jax.random.key(0), 0, 2), np.ones((2, 3), np.float32), network)
+    run(many, np.ones((2, 3), np.float32))
   with pytest.raises(ValueError, match="stratified times need a batch of at least 2"):
-    loss(jax.random.key(0), np.ones((1, 3), np.float32), network)
+    run(one, np.ones((1, 3), np.float32))
   with pytest.raises(ValueError, match=r"shape of x, \(2, 3\); got \(2, 1\)"):
-    loss(jax.random.key(0), np.ones((2, 3), np.float32), lambda x, t: x[:, :1])
+    run(one, np.ones((2, 3), np.float32), lambda x, t: x[:, :1])
   with pytest.raises(ValueError, match="gamma must be positive"):
     weights.min_snr(0.0)
   with pytest.raises(ValueError, match="std must be positive"):
