@@ -13,7 +13,7 @@ import jaxtyping
 import pytest
 
 pytest_plugins = ["costs"]
-TYPED = ("test_conformance.py",)
+TYPED = ("test_conformance.py", "test_ema.py", "test_mlp.py", "test_parallel.py")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdiff" / "xla"
 _SETTINGS = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_traceback_in_locations_limit": 0}
 if os.access(next(folder for folder in (_CACHE, *_CACHE.parents) if folder.exists()), os.W_OK):

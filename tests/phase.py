@@ -3,6 +3,7 @@ samplers on them."""
 
 import itertools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -77,10 +78,11 @@ def phase_gaussian():
   return PhaseGaussian(np.array([1.0, -0.5, 0.2]), np.array([0.5, 1.0, 0.3]))
 
 
-def affine_steps(sampler, score, d, draws):
-  """Every step u' = A u + b + N z of a sampler, from its own code: [steps, d, 2, 2], [steps, d, 2], [.., 2 draws].
+def step_maps(sampler, nodes, score, d, draws):
+  """Every step u' = A u + b + N z over these nodes, of a sampler's own code: [steps, d, 2, 2], [.., 2], [.., 2 draws].
 
-  The step is run for u = 0 and the units, then with a unit of every noise; a step draws `draws` times.
+  The step is run for u = 0 and the units, then with a unit of every noise; a step draws `draws` times. To be called
+  within jit.
   """
   rows = 3 + 2 * draws
 
@@ -99,25 +101,45 @@ def affine_steps(sampler, score, d, draws):
       field, keys = Field(sampler.sde, score, {}), jd.example_keys(jax.random.key(0), 0, rows)
       return sampler.method.step(field, u, (), node, keys)[0]
 
-  ends = jax.jit(jax.vmap(step))(sampler.method.nodes)
+  ends = jax.vmap(step)(nodes)
   change = jnp.moveaxis(ends[:, 1:] - ends[:, :1], 1, -1)
   return change[..., :2], ends[:, 0], change[..., 2:]
 
 
-def sampled_moments(sampler, data, draws):
+class Walk(NamedTuple):
+  """The maps of the steps of a sampler, and the exact means [2, d, 2] and covariances [2, d, 2, 2] at its ends."""
+
+  maps: tuple
+  means: Any
+  covariances: Any
+
+
+def walks(samplers, data, draws):
+  """The walks of samplers that differ in their grids alone; to be called within jit, which vmaps one step."""
+  nodes = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(sampler.method.nodes for sampler in samplers))
+  sde, found, start = samplers[0].sde, [], 0
+  maps = step_maps(samplers[0], nodes, data.score(sde), len(data.mean), draws)
+  for sampler in samplers:
+    end = start + len(sampler.ts) - 1
+    own = tuple(value[start:end] for value in maps)
+    found.append(Walk(own, *data.moments(sde, sampler.ts[jnp.asarray([0, -1])])))
+    start = end
+  return found
+
+
+def sampled_moments(walk):
   """Mean [d, 2] and covariance [d, 2, 2] of the last state from the exact p_t at the first time: no Monte Carlo."""
-  mean, cov = (np.asarray(v[0]) for v in data.moments(sampler.sde, sampler.ts[:1]))
-  parts = affine_steps(sampler, data.score(sampler.sde), len(data.mean), draws)
-  for matrix, shift, noise in zip(*(np.asarray(v) for v in parts), strict=True):
+  mean, cov = walk.means[0], walk.covariances[0]
+  for matrix, shift, noise in zip(*walk.maps, strict=True):
     mean = np.einsum("dij,dj->di", matrix, mean) + shift
     cov = matrix @ cov @ np.moveaxis(matrix, -1, -2) + noise @ np.moveaxis(noise, -1, -2)
   return mean, cov
 
 
-def errors(sampler, data, draws):
+def errors(walk):
   """The largest errors of mean and covariance at the last time, in units of the exact deviations."""
-  exact_mean, exact_cov = (np.asarray(v[0]) for v in data.moments(sampler.sde, sampler.ts[-1:]))
-  mean, cov = sampled_moments(sampler, data, draws)
-  std = np.sqrt(np.diagonal(exact_cov, axis1=-2, axis2=-1))
+  walk = jax.tree.map(np.asarray, walk)
+  mean, cov = sampled_moments(walk)
+  std = np.sqrt(np.diagonal(walk.covariances[1], axis1=-2, axis2=-1))
   scale = std[..., :, None] * std[..., None, :]
-  return np.array([np.max(np.abs(mean - exact_mean) / std), np.max(np.abs(cov - exact_cov) / scale)])
+  return np.array([np.max(np.abs(mean - walk.means[1]) / std), np.max(np.abs(cov - walk.covariances[1]) / scale)])

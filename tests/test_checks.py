@@ -139,20 +139,17 @@ def test_noise_that_a_process_never_gets_to_is_named(make):
     make(jd.EDM(sigma_max=1e-4))
 
 
-def everything():
-  """One call of each verb, of a state and its condition."""
-  sampler = jd.samplers.reverse_sde(SDE, jd.time_grid(SDE, 2))
-  return {
-    "x0": lambda x, cond: losses.denoising(SDE, NOISE)(KEY, x, score, cond),
-    "x0 of log_prob": lambda x, cond: jd.likelihood.log_prob(SDE)(KEY, x, score, cond),
-    "x_T": lambda x, cond: sampler(KEY, x, score, cond),
-    "x_T of the flow": lambda x, cond: jd.samplers.probability_flow(SDE)(KEY, x, score, cond),
-  }
+VERBS = {  # one call of each, of a state and its condition
+  "x0": lambda x, cond: losses.denoising(SDE, NOISE)(KEY, x, score, cond),
+  "x0 of log_prob": lambda x, cond: jd.likelihood.log_prob(SDE)(KEY, x, score, cond),
+  "x_T": lambda x, cond: jd.samplers.reverse_sde(SDE, jd.time_grid(SDE, 2))(KEY, x, score, cond),
+  "x_T of the flow": lambda x, cond: jd.samplers.probability_flow(SDE)(KEY, x, score, cond),
+}
 
 
-@pytest.mark.parametrize("name", everything())
+@pytest.mark.parametrize("name", VERBS)
 def test_states_and_conditions_of_no_batch_are_refused(name):
-  call, argument = everything()[name], name.split()[0]
+  call, argument = VERBS[name], name.split()[0]
   with pytest.raises(TypeError, match=f"{argument} must be floating point, got uint8: .*likelihood"):
     call(X.astype(jnp.uint8), {})
   with pytest.raises(TypeError, match=rf"{argument} must be an array \[b, \*d\], got tuple"):

@@ -3,6 +3,7 @@
 Every test runs the command line in processes of its own. Those of two processes use the loopback.
 """
 
+import functools
 import os
 import pathlib
 import re
@@ -176,27 +177,32 @@ def test_sigterm_to_one_of_two_processes_stops_both_between_dispatches_of_severa
   assert f"continuing from step {stopped}" in said
 
 
-@pytest.fixture(scope="module", params=["jit", "pmap"])
-def died(request, tmp_path_factory):
-  """Two runs of two processes, of which the second lost one; and their flags."""
-  folder = tmp_path_factory.mktemp(request.param)
-  flags = [f"--launcher={request.param}", "--config.train.steps=60"]
-  codes, said = finish(*pair(folder / "whole", *flags))
-  assert codes == [DONE, DONE], said
-  processes = pair(folder / "killed", *flags)
-  wait_for(lambda: len(steps_of(folder / "killed")) > 2 * EVERY)
-  processes[1].send_signal(signal.SIGKILL)
-  begin = time.monotonic()
-  codes, said = finish(*processes)
-  assert codes[1] == -signal.SIGKILL, "the training ended before the kill"
-  assert codes[0] not in (DONE, -signal.SIGKILL), said
-  assert time.monotonic() - begin < 60
-  return folder / "whole", folder / "killed", flags
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+  """By a launcher: two runs of two processes, of which the second lost one, and their flags."""
+
+  @functools.cache
+  def run(launcher):
+    folder, flags = tmp_path_factory.mktemp(launcher), [f"--launcher={launcher}", f"--config.train.steps={STEPS // 2}"]
+    codes, said = finish(*pair(folder / "whole", *flags))
+    assert codes == [DONE, DONE], said
+    processes = pair(folder / "killed", *flags)
+    wait_for(lambda: len(steps_of(folder / "killed")) > 2 * EVERY)
+    processes[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    codes, said = finish(*processes)
+    assert codes[1] == -signal.SIGKILL, "the training ended before the kill"
+    assert codes[0] not in (DONE, -signal.SIGKILL), said
+    assert time.monotonic() - begin < 60
+    return folder / "whole", folder / "killed", flags
+
+  return run
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(died, tmp_path):
-  whole, killed, flags = died
+@pytest.mark.parametrize("launcher", ["jit", "pmap"])
+def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(died, tmp_path, launcher):
+  whole, killed, flags = died(launcher)
   shutil.copytree(killed, tmp_path / "run")
   codes, said = finish(*pair(tmp_path / "run", *flags))
   assert codes == [DONE, DONE], said
@@ -204,17 +210,17 @@ def test_a_worker_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(died,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("died", "devices"), [("jit", 8), ("pmap", 1)], indirect=["died"])
-def test_a_checkpoint_of_two_processes_goes_on_with_one(died, tmp_path, devices):
+@pytest.mark.parametrize(("launcher", "devices"), [("jit", 8), ("pmap", 1)])
+def test_a_checkpoint_of_two_processes_goes_on_with_one(died, tmp_path, launcher, devices):
   """What two processes of two devices each saved gives the same next losses on 1 x 8 and 1 x 1 devices."""
-  whole, killed, flags = died
+  whole, killed, flags = died(launcher)
   shutil.copytree(killed, tmp_path / "run")
   codes, (said,) = finish(start(tmp_path / "run", *flags, devices=devices))
   assert codes == [DONE], said
   began = int(re.search(r"continuing from step (\d+)", said)[1])
   assert began >= EVERY
   losses, expected = ([r["loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "run", whole))
-  assert len(losses) == len(expected) == 60
+  assert len(losses) == len(expected) == STEPS // 2
   np.testing.assert_allclose(losses[: began + 5], expected[: began + 5], rtol=1e-6)
 
 

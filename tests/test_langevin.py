@@ -138,7 +138,7 @@ def test_annealed_langevin_ends_with_its_denoising_step():
 SAMPLERS = {
   "langevin": (jd.samplers.langevin(0.1, 6, t=0.3), jd.score_of, 6),
   "mala": (jd.samplers.mala(0.1, 6, t=0.3), lambda log_density: log_density, 7),
-  "annealed": (jd.samplers.annealed_langevin(CHAIN, 0.01, 2), jd.score_of, 9),
+  "annealed": (lambda *args: jd.samplers.annealed_langevin(CHAIN, 0.01, 2)(*args), jd.score_of, 9),
 }
 
 

@@ -317,16 +317,16 @@ def test_uniform_data_score_log2_of_the_levels(x64):
 
 
 @pytest.mark.parametrize(
-  ("sde", "make"),
+  ("process", "make"),
   [
-    (jd.VP(), jd.likelihood.dequantization.truncated_normal),
-    (jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0)), jd.likelihood.dequantization.gaussian),
+    (jd.VP, jd.likelihood.dequantization.truncated_normal),
+    (lambda: jd.VariancePreserving(jd.schedules.Gamma(-12.0, 6.0)), jd.likelihood.dequantization.gaussian),
   ],
 )
-def test_integers_under_the_noise_of_the_process_have_their_probability(sde, make):
+def test_integers_under_the_noise_of_the_process_have_their_probability(process, make):
   """Three levels with the exact score of their mixture: -log2 p of each, to 0.01 bits, without variance. The learned
   schedule begins above the noise at which data stand."""
-  p, centers = np.float32([0.6, 0.3, 0.1]), np.float32([[[-2 / 3, 0.0, 2 / 3]]])
+  sde, p, centers = process(), np.float32([0.6, 0.3, 0.1]), np.float32([[[-2 / 3, 0.0, 2 / 3]]])
 
   def score(x, t):
     alpha, sigma = (v[:, None, None] for v in sde.marginal(t))

@@ -1,9 +1,13 @@
 """Processes given by two functions of time, against those whose moments are known in closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import compiled
+from switch import Switch
 
 import jaxdiff as jd
 
@@ -26,28 +30,31 @@ def tangent(t):
   return jnp.where(t < 0.5, jnp.tan(THETA * t), 1 / jnp.tan(COMPLEMENT + THETA * (1 - t)))
 
 
-VP = jd.LinearSDE(lambda t: -0.5 * beta(t), lambda t: jnp.sqrt(beta(t)))
-CASES = {
-  "vp": (VP, lambda t: (np.exp(-0.5 * integral(t)), np.sqrt(-np.expm1(-integral(t))))),
-  "subvp": (
-    jd.LinearSDE(lambda t: -0.5 * beta(t), lambda t: jnp.sqrt(-beta(t) * jnp.expm1(-2 * integral(t)))),
-    lambda t: (np.exp(-0.5 * integral(t)), -np.expm1(-integral(t))),
-  ),
-  "ve": (
-    jd.LinearSDE(jnp.zeros_like, lambda t: 0.01 * RATIO**t * float(np.sqrt(2 * np.log(RATIO)))),
-    lambda t: (np.ones_like(t), 0.01 * np.sqrt(np.expm1(2 * t * np.log(RATIO)))),
-  ),
-  "edm": (jd.LinearSDE(jnp.zeros_like, lambda t: jnp.sqrt(2 * t), t1=80), lambda t: (np.ones_like(t), t)),
-  "cosine": (
-    jd.LinearSDE(lambda t: -THETA * tangent(t), lambda t: jnp.sqrt(2 * THETA * tangent(t))),
-    lambda t: (np.sin(COMPLEMENT + THETA * (1 - t)), np.sin(THETA * t)),
-  ),
-  "alpha to e^-80": (
-    jd.LinearSDE(lambda t: -160 * t, lambda t: jnp.sqrt(320 * t)),
-    lambda t: (np.exp(-80 * t**2), np.sqrt(-np.expm1(-160 * t**2))),
-  ),
+FUNCTIONS = {
+  "vp": (lambda t: -0.5 * beta(t), lambda t: jnp.sqrt(beta(t))),
+  "subvp": (lambda t: -0.5 * beta(t), lambda t: jnp.sqrt(-beta(t) * jnp.expm1(-2 * integral(t)))),
+  "ve": (jnp.zeros_like, lambda t: 0.01 * RATIO**t * float(np.sqrt(2 * np.log(RATIO)))),
+  "edm": (jnp.zeros_like, lambda t: jnp.sqrt(2 * t)),
+  "cosine": (lambda t: -THETA * tangent(t), lambda t: jnp.sqrt(2 * THETA * tangent(t))),
+  "alpha to e^-80": (lambda t: -160 * t, lambda t: jnp.sqrt(320 * t)),
 }
-EACH = pytest.mark.parametrize(("sde", "moments"), CASES.values(), ids=CASES.keys())
+MOMENTS = {
+  "vp": lambda t: (np.exp(-0.5 * integral(t)), np.sqrt(-np.expm1(-integral(t)))),
+  "subvp": lambda t: (np.exp(-0.5 * integral(t)), -np.expm1(-integral(t))),
+  "ve": lambda t: (np.ones_like(t), 0.01 * np.sqrt(np.expm1(2 * t * np.log(RATIO)))),
+  "edm": lambda t: (np.ones_like(t), t),
+  "cosine": lambda t: (np.sin(COMPLEMENT + THETA * (1 - t)), np.sin(THETA * t)),
+  "alpha to e^-80": lambda t: (np.exp(-80 * t**2), np.sqrt(-np.expm1(-160 * t**2))),
+}
+LAST = {"edm": 80}
+EACH = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@functools.cache
+def single(name):
+  """The process, made in float32 at its first use."""
+  with jax.enable_x64(False):
+    return jd.LinearSDE(*FUNCTIONS[name], LAST.get(name, 1.0))
 
 
 def times(sde):
@@ -55,109 +62,144 @@ def times(sde):
   return (np.concatenate([[1e-5, 1e-3], np.linspace(0.02, 1, 28)]) * sde.t1).astype(np.float32).astype(np.float64)
 
 
+@functools.cache
+def in_float64(name):
+  """What a process made in float64 says, and the moments of the one made in float32."""
+  old = single(name)
+  sde, t = jd.LinearSDE(*FUNCTIONS[name], LAST.get(name, 1.0)), times(old)
+
+  def run(t):
+    slopes = jax.jvp(old.marginal, (t,), (jnp.ones_like(t),))
+    coefficients = old.drift_coefficient(t), old.diffusion(t)
+    return {
+      "here": sde.marginal(t),
+      "old": slopes,
+      "coefficients": coefficients,
+      "back": old.time_of_log_snr(jd.log_snr(old, t)),
+    }
+
+  return compiled(run, t)
+
+
+@functools.cache
+def in_float32(name):
+  sde = single(name)
+
+  def run(t, log_snr):
+    z = sde.prior_sample(jax.random.key(0), (2000, 3))
+    return {
+      "moments": sde.marginal(t),
+      "time": sde.time_of_log_snr(log_snr),
+      "ends": [*sde.marginal(jnp.zeros(())), jd.log_snr(sde, jnp.zeros(()))],
+      "grid": jd.time_grid(sde, 20),
+      "prior": (z, sde.prior_log_prob(z)),
+    }
+
+  (alpha, sigma), ends = MOMENTS[name](times(sde)), np.asarray([np.inf, -1e4])
+  log_snr = np.append(2 * (np.log(alpha) - np.log(sigma)), ends)
+  return compiled(run, times(sde).astype(np.float32), log_snr.astype(np.float32))
+
+
 @EACH
-def test_moments_are_those_of_the_closed_form_in_float64(sde, moments, x64):
-  made_here = jd.LinearSDE(sde.drift_coefficient, sde.diffusion_coefficient, sde.t1)
-  for value, expected in zip(made_here.marginal(jnp.asarray(times(sde))), moments(times(sde)), strict=True):
+def test_moments_are_those_of_the_closed_form_in_float64(name, x64):
+  for value, expected in zip(in_float64(name)["here"], MOMENTS[name](times(single(name))), strict=True):
     np.testing.assert_allclose(value, expected, rtol=1e-10)
 
 
 @EACH
-def test_moments_are_those_of_the_closed_form_in_float32(sde, moments):
-  for value, expected in zip(sde.marginal(jnp.asarray(times(sde))), moments(times(sde)), strict=True):
-    assert value.dtype == jnp.float32
+def test_moments_are_those_of_the_closed_form_in_float32(name):
+  for value, expected in zip(in_float32(name)["moments"], MOMENTS[name](times(single(name))), strict=True):
+    assert value.dtype == np.float32
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 @EACH
-def test_a_process_made_in_float32_serves_float64(sde, moments, x64):
-  for value, expected in zip(sde.marginal(jnp.asarray(times(sde))), moments(times(sde)), strict=True):
+def test_a_process_made_in_float32_serves_float64(name, x64):
+  for value, expected in zip(in_float64(name)["old"][0], MOMENTS[name](times(single(name))), strict=True):
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 @EACH
-def test_moments_solve_their_equations(sde, moments, x64):
-  t = jnp.asarray(times(sde)[2:])
-  f, g = sde.drift_coefficient(t), sde.diffusion(t)
-  (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(sde.marginal, (t,), (jnp.ones_like(t),))
+def test_moments_solve_their_equations(name, x64):
+  (alpha, sigma), (d_alpha, d_sigma) = ([v[2:] for v in values] for values in in_float64(name)["old"])
+  f, g = (v[2:] for v in in_float64(name)["coefficients"])
   np.testing.assert_allclose(d_alpha, f * alpha, rtol=1e-9, atol=1e-12)
   np.testing.assert_allclose(2 * sigma * d_sigma, 2 * f * sigma**2 + g**2, rtol=1e-8, atol=1e-8 * np.max(g**2))
 
 
 @EACH
-def test_time_of_log_snr_inverts_log_snr(sde, moments):
-  t = times(sde)
-  alpha, sigma = moments(t)
-  log_snr = 2 * (np.log(alpha) - np.log(sigma))
-  np.testing.assert_allclose(sde.time_of_log_snr(jnp.asarray(log_snr)), t, rtol=2e-6)
+def test_time_of_log_snr_inverts_log_snr(name):
+  found, t = in_float32(name)["time"], times(single(name))
+  np.testing.assert_allclose(found[:-2], t, rtol=2e-6)
+  assert found[-2:].tolist() == [0, single(name).t1]
   with jax.enable_x64(True):
-    np.testing.assert_allclose(sde.time_of_log_snr(jd.log_snr(sde, jnp.asarray(t))), t, rtol=1e-10)
-  assert sde.time_of_log_snr(jnp.inf) == 0
-  assert sde.time_of_log_snr(-1e4) == sde.t1
+    np.testing.assert_allclose(in_float64(name)["back"], t, rtol=1e-10)
 
 
 @EACH
-def test_ends_of_time(sde, moments):
-  assert [float(v) for v in sde.marginal(0.0)] == [1, 0]
-  assert jd.log_snr(sde, 0.0) == jnp.inf
-  ts = jd.time_grid(sde, 20)
-  assert jnp.all(ts[1:] < ts[:-1])
-  z = sde.prior_sample(jax.random.key(0), (2000, 3))
-  _, scale = moments(np.float64(sde.t1))
+def test_ends_of_time(name):
+  found, (_, scale) = in_float32(name), MOMENTS[name](np.float64(single(name).t1))
+  assert [float(v) for v in found["ends"]] == [1, 0, np.inf]
+  assert np.all(found["grid"][1:] < found["grid"][:-1])
+  z, log_prob = found["prior"]
   np.testing.assert_allclose(np.std(z), scale, rtol=0.05)
   normal = -0.5 * np.sum((np.asarray(z, np.float64) / scale) ** 2, axis=1) - 3 * np.log(scale * np.sqrt(2 * np.pi))
-  np.testing.assert_allclose(sde.prior_log_prob(z), normal, rtol=1e-5)
+  np.testing.assert_allclose(log_prob, normal, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_shapes_and_types(shape, dtype):
-  t = jnp.full(shape, 0.3, dtype)
-  for value in (*VP.marginal(t), VP.diffusion(t)):
+  sde, t, x = single("vp"), jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((4, 2), dtype)
+  for value in jax.eval_shape(lambda t: (*sde.marginal(t), sde.diffusion(t), sde.time_of_log_snr(t)), t):
     assert value.shape == shape
     assert value.dtype == jnp.float32
-  assert VP.time_of_log_snr(t).shape == shape
-  x = jnp.ones((4, 2), dtype)
-  assert VP.drift(x, 0.3).dtype == VP.diffuse(0.3, x).dtype == dtype
+  assert {v.dtype for v in jax.eval_shape(lambda x: (sde.drift(x, 0.3), sde.diffuse(0.3, x)), x)} == {jnp.dtype(dtype)}
+
+
+def linear_or_closed(which):
+  return Switch(which, (single("vp"), jd.VP(BETA_MIN, BETA_MAX)))
 
 
 def test_loss_is_that_of_the_closed_form():
-  x0 = jax.random.normal(jax.random.key(0), (16, 3))
-  network = lambda x, t: x * t[:, None]
-  for time in (jd.losses.times.uniform(), jd.losses.times.importance()):
-    linear, closed = (
-      jd.losses.denoising(sde, jd.predictions.noise(), jd.losses.weights.likelihood(), time)(
-        jax.random.key(1), x0, network
-      )
-      for sde in (VP, jd.VP(BETA_MIN, BETA_MAX))
-    )
-    np.testing.assert_allclose(linear[1]["t"], closed[1]["t"], rtol=1e-5)
+  x0 = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)
+  network, weight = lambda x, t: x * t[:, None], jd.losses.weights.likelihood()
+
+  def run(which, x0):
+    sde, found = linear_or_closed(which), []
+    for time in (jd.losses.times.uniform(), jd.losses.times.importance()):
+      loss, aux = jd.losses.denoising(sde, jd.predictions.noise(), weight, time)(jax.random.key(1), x0, network)
+      found.append((loss, aux["t"]))
+    return found
+
+  run = jax.jit(run)
+  for linear, closed in zip(run(0, x0), run(1, x0), strict=True):
+    np.testing.assert_allclose(linear[1], closed[1], rtol=1e-5)
     np.testing.assert_allclose(linear[0], closed[0], rtol=1e-4)
 
 
 def test_samples_and_densities_are_those_of_the_closed_form():
-  x = jax.random.normal(jax.random.key(0), (4, 2))
-  apply = lambda w, x, t: w * x
+  x, key = np.random.default_rng(0).standard_normal((4, 2)).astype(np.float32), jax.random.key(1)
 
   @jax.jit
-  def run(sde, key, w):
-    score = jd.score_fn(apply, w, sde, jd.predictions.score())
+  def run(which, x):
+    sde, score = linear_or_closed(which), lambda x, t: -0.9 * x
     x_T = sde.prior_sample(key, x.shape)
     ts = jd.time_grid(sde, 10, t0=0.01)
     return {
       "ts": ts,
       "reverse_sde": jd.samplers.reverse_sde(sde, ts)(key, x_T, score).x,
-      "flow": jd.samplers.probability_flow(sde, 1e-4, 1e-4, t0=0.01)(key, x_T, score).x,
       "log_prob": jd.likelihood.log_prob(sde, jd.divergence.exact(), 1e-4, 1e-4, t0=0.01)(key, x, score).value,
     }
 
-  linear, closed = (run(sde, jax.random.key(1), -0.9) for sde in (VP, jd.VP(BETA_MIN, BETA_MAX)))
+  linear, closed = run(0, x), run(1, x)
   for name in linear:
     # N(0, sigma(1)^2) for the one, N(0, 1) for the other: sigma(1)^2 = 1 - 4e-5.
     np.testing.assert_allclose(linear[name], closed[name], rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 def test_is_a_pytree_compared_by_its_functions_and_made_within_jit():
+  vp = single("vp")
   traces = []
 
   @jax.jit
@@ -165,20 +207,21 @@ def test_is_a_pytree_compared_by_its_functions_and_made_within_jit():
     traces.append(1)
     return sde.marginal(t)[1]
 
-  same = jd.LinearSDE(VP.drift_coefficient, VP.diffusion_coefficient)
-  assert same == VP
-  assert hash(same) == hash(VP)
-  assert sigma(VP, 0.3) == sigma(same, 0.3)
+  same = jd.LinearSDE(vp.drift_coefficient, vp.diffusion_coefficient)
+  assert same == vp
+  assert hash(same) == hash(vp)
+  assert sigma(vp, 0.3) == sigma(same, 0.3)
   assert len(traces) == 1
-  assert jax.tree.structure(jax.tree.map(lambda _: None, VP)) != jax.tree.structure(VP)
-  inside = jax.jit(lambda t: jd.LinearSDE(VP.drift_coefficient, VP.diffusion_coefficient).marginal(t)[1])
-  np.testing.assert_allclose(inside(0.3), sigma(VP, 0.3), rtol=1e-6)
+  assert jax.tree.structure(jax.tree.map(lambda _: None, vp)) != jax.tree.structure(vp)
+  inside = jax.jit(lambda t: jd.LinearSDE(vp.drift_coefficient, vp.diffusion_coefficient).marginal(t)[1])
+  np.testing.assert_allclose(inside(0.3), sigma(vp, 0.3), rtol=1e-6)
 
 
 def test_long_batches_are_what_each_time_gives():
   """Large sums are where XLA's CPU backend has been wrong."""
-  t = jnp.linspace(0.01, 1.0, 20_000)
-  np.testing.assert_allclose(jax.jit(VP.marginal)(t)[1], jd.VP().marginal(t)[1], rtol=1e-6)
+  t = np.linspace(0.01, 1.0, 20_000, dtype=np.float32)
+  expected = np.sqrt(-np.expm1(-integral(t.astype(np.float64))))
+  np.testing.assert_allclose(jax.jit(single("vp").marginal)(t)[1], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ T = np.array([0.1, 0.9], np.float32)
 def trained(remat, name):
   """The shapes of the parameters, then the value and gradient of a sum of squares, with dropout."""
   net, cond = NETS[name]
-  net = net.clone(remat=remat)
+  net = net.clone(remat=remat, dtype=np.float64, param_dtype=np.float64)
   params = networks.moved(net, X, T, **cond)
   loss = lambda p: jnp.sum(net.apply(p, X, T, train=True, rngs={"dropout": jax.random.key(3)}, **cond) ** 2)
   shapes = jax.eval_shape(net.init, jax.random.key(0), X, T, **cond)
@@ -50,8 +50,9 @@ def trained(remat, name):
 
 
 @pytest.mark.slow
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize(("remat", "name"), [("dots", "default"), ("full", "default"), ("full", "conditional")])
-def test_parameters_outputs_and_gradients_are_those_without(remat, name):
+def test_parameters_outputs_and_gradients_are_those_without(remat, name, x64):
   (shapes, value, grads), (plain_shapes, plain_value, plain_grads) = trained(remat, name), trained("none", name)
   assert shapes == plain_shapes
   np.testing.assert_allclose(value, plain_value, rtol=1e-6)

