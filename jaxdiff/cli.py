@@ -71,7 +71,7 @@ _avoid_miscompiled_reductions()  # XLA reads its flags once
 
 
 def _keep_compiled_programs() -> None:
-  """Share one cache of compiled programs between all runs of a user, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  """Share one cache of compiled programs between a user's runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
   home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
   folder = os.path.join(home, "jaxdiff", "xla")
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:

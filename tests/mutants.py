@@ -61,8 +61,8 @@ MUTANTS: list[Mutant] = [
   Mutant(
     "a probe redrawn within a solve of a flow",
     "jaxdiff/flow.py",
-    "slope = lambda t, y: rates(trace, _velocity(field, t, cond), y[0], probes)",
-    "slope = lambda t, y: rates(trace, _velocity(field, t, cond), y[0], trace.draw(keys.fold_in(key, jnp.int32(9 * t)), x))",
+    "_velocity(field, t, cond), y[0], probes)",
+    "_velocity(field, t, cond), y[0], trace.draw(keys.fold_in(key, jnp.int32(9 * t)), x))",
     "tests/test_flow.py::test_probes_are_drawn_once_a_solve_and_know_their_error",
   ),
   Mutant(
