@@ -35,7 +35,10 @@ def trained(loss, params, x0, label):
 @pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_guided_samples_are_of_their_label():
-  """The exact posterior finds the label of guided samples more often than of samples that are only told it."""
+  """The exact posterior finds the label of guided samples more often than of samples that are only told it.
+
+  Measured: 0.87 of exact samples, 0.87 told, 1.00 classifier-free, 0.33 with no label, 1.00 classifier.
+  """
   random = np.random.default_rng(0)
   labels = random.choice(3, size=20_000, p=DATA.weights).astype(np.int32)
   x0 = (DATA.means[labels] + DATA.std * random.normal(size=(20_000, 2))).astype(np.float32)
@@ -78,7 +81,6 @@ def test_guided_samples_are_of_their_label():
 
   shares = {name: share(x) for name, x in found.items()}
   exact = share(DATA.means[label] + DATA.std * random.normal(size=(NUMBER, 2)))
-  print(shares, exact)
   assert abs(shares["told"] - exact) < 4.5 * (2 * exact * (1 - exact) / NUMBER) ** 0.5 + 0.02
   assert abs(shares["nothing"] - 1 / 3) < 0.1
   assert shares["free"] > shares["told"] + 0.05

@@ -51,7 +51,7 @@ def trained(remat, name):
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize(("remat", "name"), [("dots", "default"), ("full", "default"), ("full", "conditional")])
+@pytest.mark.parametrize(("remat", "name"), [("dots", "default"), ("full", "conditional")])
 def test_parameters_outputs_and_gradients_are_those_without(remat, name, x64):
   (shapes, value, grads), (plain_shapes, plain_value, plain_grads) = trained(remat, name), trained("none", name)
   assert shapes == plain_shapes

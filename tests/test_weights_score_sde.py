@@ -248,18 +248,21 @@ def test_presets_and_paths_that_do_not_exist_are_refused(case, tmp_path):
     weights.load(path)
 
 
+def test_presets_are_of_the_processes_that_they_name():
+  assert {name: made.sde["type"] for name, made in score_sde.PRESETS.items()} == {
+    "ncsnpp_cifar10_ve": "VE",
+    "ddpmpp_cifar10_vp": "VP",
+    "ddpmpp_cifar10_subvp": "SubVP",
+  }
+
+
 @pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", ["ncsnpp_cifar10_ve", "ddpmpp_cifar10_subvp"])
-def test_a_checkpoint_is_imported_and_sampled(name, tmp_path):
-  """The samples are of one of them: their networks are held to the published ones above."""
-  tape, ve = Tape(), name.endswith("ve")
-  sizes = {"multipliers": (1, 2, 2, 2), "blocks": 1, "attended": (1,), "ve": ve}
-  published(tape, np.zeros((1, 8, 8, 3)), np.ones(1), **sizes)
+def test_a_checkpoint_is_imported(tmp_path):
+  tape = Tape()
+  published(tape, np.zeros((1, 8, 8, 3)), np.ones(1), (1, 2, 2, 2), 1, (1,), ve=True)
   path, workdir = checkpoint(tmp_path / "checkpoint_26", tape.params), tmp_path / "run"
-  cli.main(["import", str(path), f"--preset={name}", f"--workdir={workdir}"])
-  assert json.loads((workdir / "config.json").read_text())["network"]["blocks"] == 1
-  if not ve:
-    return
-  cli.main(["sample", f"--workdir={workdir}", "--steps=2", "--num=8", "--config.sample.batch_size=8"])
-  assert np.isfinite(np.load(workdir / "samples.npz")["x"]).all()
+  cli.main(["import", str(path), "--preset=ncsnpp_cifar10_ve", f"--workdir={workdir}"])
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["network"]["blocks"] == 1
+  assert config["sde"]["type"] == "VE"
