@@ -1,23 +1,34 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from moments import unit_noise
-from oracles import Mixture, mixture
+from oracles import Mixture, compiled, mixture
 
 import jaxdiff as jd
 
 KEY = jax.random.key(0)
 NORMAL = lambda x, t: -0.5 * jnp.sum(x**2, axis=range(1, x.ndim))
-CHAIN = jd.ncsn.Chain(jd.ncsn.geometric_sigmas(4, sigma_min=0.1, sigma_max=2.0))
+SIGMAS = np.geomspace(0.1, 2.0, 4).astype(np.float32)
+
+
+@functools.cache
+def chain_of_four():
+  return jd.ncsn.Chain(SIGMAS)
 
 
 def test_langevin_on_a_gaussian_has_its_known_bias(x64):
   """The step is affine, x' = a x + c z, so its stationary variance is c^2 / (1 - a^2) = s^2 / (1 - eta / (4 s^2))."""
-  for eta, s in ((0.1, 0.5), (0.5, 1.3)):
-    sampler = jd.samplers.langevin(eta, 1)
+
+  @jax.jit
+  def run(eta, s, x):
     with unit_noise(first=2):
-      x = sampler(KEY, jnp.asarray([[0.0], [1.0], [0.0]]), lambda x, t: -x / s**2).x[:, 0]
+      return jd.samplers.langevin(eta, 1)(KEY, x, lambda x, t: -x / s**2).x[:, 0]
+
+  for eta, s in ((0.1, 0.5), (0.5, 1.3)):
+    x = run(eta, s, np.asarray([[0.0], [1.0], [0.0]]))
     a, c = x[1] - x[0], x[2] - x[0]
     np.testing.assert_allclose(c**2, eta, rtol=1e-12)
     np.testing.assert_allclose(c**2 / (1 - a**2), s**2 / (1 - eta / (4 * s**2)), rtol=1e-12)
@@ -25,7 +36,8 @@ def test_langevin_on_a_gaussian_has_its_known_bias(x64):
 
 def test_langevin_samples_have_the_biased_variance():
   """3000 examples after 60 steps, eta = 0.8 on N(0, 1): variance 1 / (1 - 0.2), 4 standard errors; unbiased is 11."""
-  x = jax.jit(lambda x: jd.samplers.langevin(0.8, 60)(KEY, x, jd.score_of(NORMAL)).x)(jnp.zeros((3000, 2)))
+  run = lambda x: jd.samplers.langevin(0.8, 60)(KEY, x, jd.score_of(NORMAL)).x
+  x = compiled(run, np.zeros((3000, 2), np.float32))
   np.testing.assert_allclose(x.var(axis=0), 1.25, rtol=4 * np.sqrt(2 / 3000))
   assert np.all(np.abs(x.mean(axis=0)) < 4 * np.sqrt(1.25 / 3000))
 
@@ -34,8 +46,8 @@ def test_mala_on_a_gaussian_has_no_bias():
   """From a start twice as wide and off center, at a step size where Langevin's variance is 25% too large."""
   n, s = 4000, np.array([1.0, 2.0])
   log_density = lambda x, t: 3.0 - 0.5 * jnp.sum((x / jnp.asarray(s)[None]) ** 2, axis=1)
-  start = 1 + 2 * jax.random.normal(jax.random.key(1), (n, 2))
-  sample = jax.jit(lambda x: jd.samplers.mala(0.8, 150)(KEY, x, log_density))(start)
+  start = 1 + 2 * np.random.default_rng(0).standard_normal((n, 2)).astype(np.float32)
+  sample = compiled(lambda x: jd.samplers.mala(0.8, 150)(KEY, x, log_density), start)
   np.testing.assert_allclose(sample.x.var(axis=0), s**2, rtol=4 * np.sqrt(2 / n))
   assert np.all(np.abs(sample.x.mean(axis=0)) < 4 * s / np.sqrt(n))
   assert sample.nfe.tolist() == [151] * n
@@ -51,38 +63,42 @@ def test_mala_keeps_a_mixture_and_langevin_does_not():
   """
   data, n, sde = mixture(), 4000, jd.VE(sigma_min=1e-6)
   log_density = lambda x, t: data.log_prob(x, sde, t)
-  fresh, start = data.sample(jax.random.key(1), 50_000), data.sample(jax.random.key(2), n)
-  energy = jax.jit(lambda x: -log_density(x, jnp.zeros(len(x))))
-  reference = np.asarray(energy(fresh))
+
+  def run():
+    fresh, start = data.sample(jax.random.key(1), 50_000), data.sample(jax.random.key(2), n)
+    sample = jd.samplers.mala(0.06, 30)(KEY, start, log_density)
+    plain = jd.samplers.langevin(0.06, 30)(KEY, start, data.score(sde)).x
+    energy = lambda x: -log_density(x, jnp.zeros(len(x)))
+    return sample, [(x, energy(x)) for x in (fresh, start, sample.x, plain)]
+
+  sample, ((fresh, reference), (start, _), adjusted, plain) = compiled(run)
   quartiles = data.std * np.sqrt(-2 * np.log([0.75, 0.5, 0.25]))
 
   def cells(x):
     away = np.linalg.norm(np.asarray(x)[:, None] - data.means[None], axis=-1)
     return np.bincount(4 * away.argmin(axis=1) + np.searchsorted(quartiles, away.min(axis=1)), minlength=12)
 
-  def misfit(x):
+  def misfit(x, energies):
     expected = cells(fresh) * (n / len(fresh))
-    away = (np.asarray(energy(x)).mean() - reference.mean()) / (reference.std() / np.sqrt(n))
+    away = (energies.mean() - reference.mean()) / (reference.std() / np.sqrt(n))
     return abs(away), np.sum((cells(x) - expected) ** 2 / expected)
 
-  sample = jax.jit(lambda x: jd.samplers.mala(0.06, 30)(KEY, x, log_density))(start)
-  adjusted = misfit(sample.x)
-  plain = misfit(jax.jit(lambda x: jd.samplers.langevin(0.06, 30)(KEY, x, data.score(sde)).x)(start))
+  adjusted, plain = misfit(*adjusted), misfit(*plain)
   assert adjusted[0] < 4
   assert adjusted[1] < 37.4
   assert plain[0] > 20
   assert plain[1] > 200
   assert 0.5 < sample.status.accepted.mean() / 30 < 0.98
-  assert jnp.all(jnp.any(sample.x != start, axis=1))
+  assert np.all(np.any(sample.x != start, axis=1))
 
 
 def test_mala_stays_within_the_support():
   """The exponential density on x > 0: mean 1 and variance 1 of 3000 examples, 4 standard errors (kurtosis 9)."""
   log_density = lambda x, t: jnp.where(x[:, 0] > 0, -x[:, 0], -jnp.inf)
-  start = jax.random.exponential(jax.random.key(1), (3000, 1))
-  sample = jax.jit(lambda x: jd.samplers.mala(0.5, 50)(KEY, x, log_density))(start)
+  start = np.random.default_rng(0).exponential(size=(3000, 1)).astype(np.float32)
+  sample = compiled(lambda x: jd.samplers.mala(0.5, 50)(KEY, x, log_density), start)
   jd.raise_if_failed(sample)
-  assert jnp.all(sample.x > 0)
+  assert np.all(sample.x > 0)
   assert abs(sample.x.mean() - 1) < 4 / np.sqrt(3000)
   assert abs(sample.x.var() - 1) < 4 * np.sqrt(8 / 3000)
 
@@ -90,109 +106,107 @@ def test_mala_stays_within_the_support():
 def test_annealed_langevin_finds_the_weights_that_langevin_does_not():
   """Modes at +-(5, 5) of weights 0.8 and 0.2, as Figure 3 of Song & Ermon (2019): 4 standard errors plus 0.02."""
   data, n = Mixture(np.array([0.8, 0.2]), np.array([[5.0, 5.0], [-5.0, -5.0]]), 1.0), 1000
-  chain = jd.ncsn.Chain(jd.ncsn.geometric_sigmas(12, sigma_min=0.1, sigma_max=20.0))
-  score = data.score(chain.sde())
-  share = lambda x: float(jnp.mean(x.sum(axis=1) > 0))
-  annealed = jd.samplers.annealed_langevin(chain, step_size=0.01, steps=40)
-  start = chain.sde().prior_sample(jax.random.key(1), (n, 2))
-  x = jax.jit(lambda x: annealed(KEY, x, score).x)(start)
+  share = lambda x: np.mean(x.sum(axis=1) > 0)
+
+  def run():
+    chain = jd.ncsn.Chain(jd.ncsn.geometric_sigmas(12, sigma_min=0.1, sigma_max=20.0))
+    score, start = data.score(chain.sde()), chain.sde().prior_sample(jax.random.key(1), (n, 2))
+    annealed, plain = jd.samplers.annealed_langevin(chain, 0.01, 40), jd.samplers.langevin(0.1, 480)
+    return annealed(KEY, start, score).x, plain(KEY, start, score).x
+
+  x, plain = compiled(run)
   assert abs(share(x) - 0.8) < 4 * np.sqrt(0.16 / n) + 0.02
   near = x[x.sum(axis=1) > 0] - 5
   assert np.all(np.abs(near.mean(axis=0)) < 0.2)
-  plain = jax.jit(lambda x: jd.samplers.langevin(0.1, 480)(KEY, x, score).x)(start)
   assert abs(share(plain) - 0.8) > 0.2
 
 
 def test_annealed_langevin_steps_by_the_size_of_its_level_at_its_time():
-  sampler = jd.samplers.annealed_langevin(CHAIN, 0.01, 2, denoise=False, path=1)
+  sampler = jd.samplers.annealed_langevin(chain_of_four(), 0.01, 2, denoise=False, path=1)
   times = []
 
   def score(x, t):
     jax.debug.callback(lambda t: times.append(float(t[0])), t)
     return jnp.zeros_like(x)
 
-  with unit_noise(first=0):
-    path = sampler(KEY, jnp.zeros((1, 1)), score).path
+  def run(x):
+    with unit_noise(first=0):
+      path = sampler(KEY, x, score).path
+    with unit_noise(first=9):
+      return path, sampler(KEY, x, lambda x, t: jnp.ones_like(x)).x
+
+  path, pushed = compiled(run, np.zeros((1, 1), np.float32))
   jax.effects_barrier()
-  sigmas = np.repeat(np.asarray(CHAIN.sigmas)[::-1], 2)
+  sigmas = np.repeat(SIGMAS[::-1], 2)
   np.testing.assert_allclose(np.diff(path[:, 0, 0]), np.sqrt(0.01) * sigmas / 0.1, rtol=1e-4)
   np.testing.assert_allclose(sorted(times, reverse=True), np.repeat([1, 2 / 3, 1 / 3, 0], 2), atol=1e-6)
-  half = jd.samplers.annealed_langevin(CHAIN, 0.01, 2, denoise=False)
-  with unit_noise(first=9):
-    x = half(KEY, jnp.zeros((1, 1)), lambda x, t: jnp.ones_like(x)).x
-  np.testing.assert_allclose(x[0, 0], np.sum(0.5 * 0.01 * (sigmas / 0.1) ** 2), rtol=1e-5)
+  np.testing.assert_allclose(pushed[0, 0], np.sum(0.5 * 0.01 * (sigmas / 0.1) ** 2), rtol=1e-5)
 
 
 def test_annealed_langevin_ends_with_its_denoising_step():
   """x + sigma_1^2 score(x, sigma_1), eq. (4)."""
   score = lambda x, t: -x / (1 + t[:, None])
-  x_T = CHAIN.sde().prior_sample(KEY, (3, 2))
-  noisy, clean = (
-    jd.samplers.annealed_langevin(CHAIN, 0.01, 3, denoise=denoise)(KEY, x_T, score) for denoise in (False, True)
-  )
-  np.testing.assert_allclose(clean.x, noisy.x + 0.1**2 * score(noisy.x, jnp.zeros(3)), rtol=1e-5)
+  samplers = [jd.samplers.annealed_langevin(chain_of_four(), 0.01, 3, denoise=denoise) for denoise in (False, True)]
+  x_T = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
+  noisy, clean = compiled(lambda x: [sampler(KEY, x, score) for sampler in samplers], x_T)
+  np.testing.assert_allclose(clean.x, noisy.x + 0.1**2 * -noisy.x, rtol=1e-5)
   assert noisy.nfe.tolist() == [12] * 3
   assert clean.nfe.tolist() == [13] * 3
 
 
 SAMPLERS = {
-  "langevin": (jd.samplers.langevin(0.1, 6, t=0.3), jd.score_of, 6),
-  "mala": (jd.samplers.mala(0.1, 6, t=0.3), lambda log_density: log_density, 7),
-  "annealed": (lambda *args: jd.samplers.annealed_langevin(CHAIN, 0.01, 2)(*args), jd.score_of, 9),
+  "langevin": (lambda: jd.samplers.langevin(0.1, 6, t=0.3), jd.score_of, 6),
+  "mala": (lambda: jd.samplers.mala(0.1, 6, t=0.3), lambda log_density: log_density, 7),
+  "annealed": (lambda: jd.samplers.annealed_langevin(chain_of_four(), 0.01, 2), jd.score_of, 9),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_evaluations_are_counted_and_example_k_is_the_same_in_any_batch(name):
-  sampler, read, nfe = SAMPLERS[name]
+def test_evaluations_are_counted_examples_are_their_own_and_a_broken_one_is_reported(name):
+  make, read, nfe = SAMPLERS[name]
   calls = []
 
   def log_density(x, t, scale):
     jax.debug.callback(lambda t: calls.append(t), t)
     return scale * NORMAL(x, t)
 
-  x, scale = jnp.arange(6.0).reshape(3, 2), jnp.asarray([1.0, 2.0, 3.0])
-  whole = sampler(KEY, x, read(log_density), {"scale": scale})
+  run = jax.jit(lambda keys, x, scale: make()(keys, x, read(log_density), {"scale": scale}))
+  keys, x, scale = jd.example_keys(KEY, 0, 3), np.arange(6, dtype=np.float32).reshape(3, 2), np.float32([1, np.nan, 3])
+  whole = jax.device_get(run(keys, x, scale))
   jax.effects_barrier()
   assert whole.nfe.tolist() == [nfe] * 3
   assert len(calls) == nfe
   if name != "annealed":
     np.testing.assert_allclose(calls, np.full((nfe, 3), 0.3), rtol=1e-6)
-  alone = sampler(jd.example_keys(KEY, 2, 1), x[2:], read(log_density), {"scale": scale[2:]})
-  np.testing.assert_allclose(whole.x[2:], alone.x, rtol=1e-5)
-  assert whole.status.accepted[2] == alone.status.accepted[0]
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_nan_is_reported(name):
-  sampler, read, _ = SAMPLERS[name]
-  log_density = lambda x, t, broken: jnp.where(broken, jnp.nan, 1.0) * NORMAL(x, t)
-  sample = sampler(KEY, jnp.ones((3, 2)), read(log_density), {"broken": jnp.asarray([False, True, False])})
-  assert sample.status.code.tolist() == [0, 2, 0]
-  assert jnp.isnan(sample.x[:, 0]).tolist() == [False, True, False]
+  order = np.asarray([2, 1, 0])
+  other = jax.device_get(run(keys[order], x[order], np.float32([3, 2, 1])))
+  np.testing.assert_allclose(whole.x[[0, 2]], other.x[[2, 0]], rtol=1e-5)
+  assert whole.status.accepted[2] == other.status.accepted[0]
+  assert whole.status.code.tolist() == [0, 2, 0]
+  assert np.isnan(whole.x[:, 0]).tolist() == [False, True, False]
   with pytest.raises(jd.SolveError, match=r"1 of 3 examples \(index 1; the first after 0 steps\): .*not finite"):
-    jd.raise_if_failed(sample)
+    jd.raise_if_failed(whole)
 
 
 def test_mala_reports_a_log_density_that_breaks_later():
   """NaN beyond x = 1: a comparison with NaN is false, so that the proposal would only be refused."""
   log_density = lambda x, t: jnp.where(x[:, 0] > 1, jnp.nan, 1.0) * NORMAL(x, t)
-  sample = jax.jit(lambda x: jd.samplers.mala(1.0, 50)(KEY, x, log_density))(jnp.zeros((4, 2)))
+  sample = compiled(lambda x: jd.samplers.mala(1.0, 50)(KEY, x, log_density), np.zeros((4, 2), np.float32))
   assert sample.status.code.tolist() == [2] * 4
-  assert jnp.all(jnp.isnan(sample.x))
+  assert np.all(np.isnan(sample.x))
 
 
 def test_path_of_langevin_is_every_kth_state():
-  x, score = jnp.ones((2, 3)), jd.score_of(NORMAL)
-  full, thin = (jd.samplers.langevin(0.1, 6, path=path)(KEY, x, score) for path in (1, 3))
+  x, score = np.ones((2, 3), np.float32), jd.score_of(NORMAL)
+  full, thin = compiled(lambda x: [jd.samplers.langevin(0.1, 6, path=path)(KEY, x, score) for path in (1, 3)], x)
   np.testing.assert_array_equal(thin.path, full.path[::3])
   np.testing.assert_array_equal(full.path[0], x)
   np.testing.assert_array_equal(full.path[-1], full.x)
 
 
 def test_bad_input_is_refused(untyped):
-  samplers, x = jd.samplers, jnp.ones((2, 3))
-  for factory in (samplers.langevin, samplers.mala, lambda *a: samplers.annealed_langevin(CHAIN, *a)):
+  samplers, x = jd.samplers, np.ones((2, 3), np.float32)
+  for factory in (samplers.langevin, samplers.mala, lambda *a: samplers.annealed_langevin(chain_of_four(), *a)):
     with pytest.raises(ValueError, match="step_size must be positive.*got 0"):
       factory(0.0, 5)
     with pytest.raises(ValueError, match="steps must be at least 1"):
@@ -204,6 +218,6 @@ def test_bad_input_is_refused(untyped):
   with pytest.raises(TypeError, match="chain must be the noise levels of NCSN, a jaxdiff.ncsn.Chain; got Chain"):
     samplers.annealed_langevin(jd.ddpm.Chain([0.1, 0.2]), 0.1, 5)
   with pytest.raises(ValueError, match="log_density must return one number per example"):
-    samplers.mala(0.1, 5)(KEY, x, lambda x, t: -x)
+    jax.eval_shape(lambda x: samplers.mala(0.1, 5)(KEY, x, lambda x, t: -x), x)
   with pytest.raises(ValueError, match="score must return an array of the shape of x"):
-    samplers.langevin(0.1, 5)(KEY, x, NORMAL)
+    jax.eval_shape(lambda x: samplers.langevin(0.1, 5)(KEY, x, NORMAL), x)

@@ -13,36 +13,39 @@ from jaxdiff import samplers
 from jaxdiff.schedules import SAMPLING_NOISE_TO_SIGNAL, start_time
 
 pytestmark = pytest.mark.slow
-N = 4000
+N = 2000
 SDE = jd.VP()
-T0 = float(start_time(SDE, None, SAMPLING_NOISE_TO_SIGNAL))
-grid = lambda steps: jd.time_grid(SDE, steps)
 
-# By the number of steps; at 200 evaluations, those of weak order one in the plain form at 1000.
+
+@functools.cache
+def last_time():
+  return float(start_time(SDE, None, SAMPLING_NOISE_TO_SIGNAL))
+
+
+# By the number of steps; at 200 evaluations, those of weak order one in the plain form at 1000. DPM-Solver-1 is DDIM,
+# and adaptive steps have a test of their own.
 AT = {
-  "reverse_sde": (1000, lambda ts: samplers.reverse_sde(SDE, ts)),
-  "reverse_diffusion": (1000, lambda ts: samplers.reverse_diffusion(SDE, ts)),
-  "ancestral_beta": (1000, lambda ts: samplers.ancestral(SDE, ts, "beta")),
-  "ancestral": (1000, lambda ts: samplers.ancestral(SDE, ts)),
-  "stochastic_heun": (100, lambda ts: samplers.stochastic_heun(SDE, ts)),
+  "reverse_sde": (1000, lambda sde, ts: samplers.reverse_sde(sde, ts)),
+  "reverse_diffusion": (1000, lambda sde, ts: samplers.reverse_diffusion(sde, ts)),
+  "ancestral_beta": (1000, lambda sde, ts: samplers.ancestral(sde, ts, "beta")),
+  "ancestral": (1000, lambda sde, ts: samplers.ancestral(sde, ts)),
+  "stochastic_heun": (100, lambda sde, ts: samplers.stochastic_heun(sde, ts)),
   "predictor_corrector": (
     500,
-    lambda ts: samplers.predictor_corrector(samplers.reverse_diffusion(SDE, ts), samplers.langevin_corrector(0.1)),
+    lambda sde, ts: samplers.predictor_corrector(samplers.reverse_diffusion(sde, ts), samplers.langevin_corrector(0.1)),
   ),
-  "ddim": (200, lambda ts: samplers.ddim(SDE, ts)),
-  "dpm_solver_1": (200, lambda ts: samplers.dpm_solver(SDE, ts, order=1)),
-  "dpm_solver_2": (100, lambda ts: samplers.dpm_solver(SDE, ts)),
-  "dpm_solver_3": (66, lambda ts: samplers.dpm_solver(SDE, ts, order=3)),
-  "dpm_solver_pp_2": (200, lambda ts: samplers.dpm_solver_pp(SDE, ts)),
-  "dpm_solver_pp_3": (200, lambda ts: samplers.dpm_solver_pp(SDE, ts, order=3)),
-  "dpm_solver_pp_2_sde": (200, lambda ts: samplers.dpm_solver_pp(SDE, ts, eta=1.0)),
-  "dpm_solver_pp_3_sde": (200, lambda ts: samplers.dpm_solver_pp(SDE, ts, order=3, eta=1.0)),
-  "unipc_2": (200, lambda ts: samplers.unipc(SDE, ts)),
-  "unipc_3": (200, lambda ts: samplers.unipc(SDE, ts, order=3)),
-  "edm": (100, lambda ts: samplers.edm(SDE, ts)),
-  "edm_churn": (100, lambda ts: samplers.edm(SDE, ts, churn=20.0)),
-  "adaptive_sde": (None, lambda ts: samplers.adaptive_sde(SDE, 1e-2, 1e-2)),
-  "probability_flow": (None, lambda ts: samplers.probability_flow(SDE, 1e-4, 1e-4)),
+  "ddim": (200, lambda sde, ts: samplers.ddim(sde, ts)),
+  "dpm_solver_2": (100, lambda sde, ts: samplers.dpm_solver(sde, ts)),
+  "dpm_solver_3": (66, lambda sde, ts: samplers.dpm_solver(sde, ts, order=3)),
+  "dpm_solver_pp_2": (200, lambda sde, ts: samplers.dpm_solver_pp(sde, ts)),
+  "dpm_solver_pp_3": (200, lambda sde, ts: samplers.dpm_solver_pp(sde, ts, order=3)),
+  "dpm_solver_pp_2_sde": (200, lambda sde, ts: samplers.dpm_solver_pp(sde, ts, eta=1.0)),
+  "dpm_solver_pp_3_sde": (200, lambda sde, ts: samplers.dpm_solver_pp(sde, ts, order=3, eta=1.0)),
+  "unipc_2": (200, lambda sde, ts: samplers.unipc(sde, ts)),
+  "unipc_3": (200, lambda sde, ts: samplers.unipc(sde, ts, order=3)),
+  "edm": (100, lambda sde, ts: samplers.edm(sde, ts)),
+  "edm_churn": (100, lambda sde, ts: samplers.edm(sde, ts, churn=20.0)),
+  "probability_flow": (None, lambda sde, ts: samplers.probability_flow(sde, 1e-4, 1e-4)),
 }
 
 
@@ -56,16 +59,20 @@ def modes(dimension):
 
 
 @functools.cache
-def start(dimension):
+def start(dimension, count):
   """x_T from the exact p_t1."""
-  x_T, _ = jd.perturb(jax.random.key(1), modes(dimension).sample(jax.random.key(0), N), SDE.t1, SDE)
+  x_T, _ = jd.perturb(jax.random.key(1), modes(dimension).sample(jax.random.key(0), count), SDE.t1, SDE)
   return x_T
 
 
-def draw(name, dimension, steps):
-  ts = None if steps is None else grid(steps)
-  sampler, data = AT[name][1](ts), modes(dimension)
-  sample = jax.jit(lambda x: sampler(jax.random.key(2), x, data.score(SDE)))(start(dimension))
+def draw(name, dimension, steps, count=N):
+  data = modes(dimension)
+
+  def run(sde, x):
+    sampler = AT[name][1](sde, None if steps is None else jd.time_grid(sde, steps))
+    return sampler(jax.random.key(2), x, data.score(sde))
+
+  sample = jax.jit(run)(SDE, start(dimension, count))
   jd.raise_if_failed(sample)
   return np.asarray(sample.x, np.float64)
 
@@ -73,7 +80,7 @@ def draw(name, dimension, steps):
 def worst(x, dimension):
   """The largest deviation of mean, covariance and weights of the modes from the exact ones, in standard errors."""
   data = modes(dimension)
-  alpha, sigma = (float(v) for v in SDE.marginal(T0))
+  alpha, sigma = (float(v) for v in SDE.marginal(last_time()))
   means, spread = alpha * np.asarray(data.means, np.float64), (alpha * data.std) ** 2 + sigma**2
   mean = data.weights @ means
   covariance = (means - mean).T @ np.diag(data.weights) @ (means - mean) + spread * np.eye(dimension)
@@ -92,20 +99,17 @@ def worst(x, dimension):
 
 @pytest.mark.parametrize("name", AT)
 def test_samples_of_a_mixture_in_the_plane(name):
-  """Within 4 standard errors of 4000 samples, at the given steps and at twice as many."""
-  steps = AT[name][0]
-  for factor in (1, 2):
-    for what, errors in worst(draw(name, 2, steps and factor * steps), 2).items():
-      assert errors < 4, (what, factor)
-    if steps is None:
-      break
+  """Within 4 standard errors of 2000 samples, at the given steps."""
+  for what, errors in worst(draw(name, 2, AT[name][0]), 2).items():
+    assert errors < 4, what
 
 
-@pytest.mark.parametrize("name", [name for name in AT if name != "adaptive_sde"])
+@pytest.mark.parametrize("name", ["dpm_solver_pp_2_sde", "edm_churn"])
 def test_samples_of_a_mixture_in_64_dimensions(name):
-  """4 standard errors; 4.5 for the largest of 2080 covariances, above 4.2 in one of twenty exact draws."""
+  """Those with noise; of the others see the gap below. 4 standard errors; 4.5 for the largest of 2080 covariances,
+  above 4.2 in one of twenty exact draws."""
   deviations = worst(draw(name, 64, AT[name][0]), 64)
-  del deviations["spread of the modes"]  # 256 000 squares: the bias of a hundred steps shows, see the gap below
+  del deviations["spread of the modes"]  # 128 000 squares: the bias of a hundred steps shows, see the gap below
   for what, errors in deviations.items():
     assert errors < (4.5 if what == "covariance" else 4), what
 
@@ -126,6 +130,6 @@ def test_gap_of_the_negative_log_likelihood_in_nats(name, steps, largest):
   DDIM leaves -1.0 (see experiments/samplers): with two standard errors, 1.3.
   """
   data = modes(64)
-  value = lambda x: float(jnp.mean(-data.log_prob(jnp.asarray(x, jnp.float32), SDE, T0)))
-  fresh, _ = jd.perturb(jax.random.key(3), data.sample(jax.random.key(4), N), T0, SDE)
-  assert abs(value(draw(name, 64, steps)) - value(fresh)) < largest
+  value = lambda x: float(jnp.mean(-data.log_prob(jnp.asarray(x, jnp.float32), SDE, last_time())))
+  fresh, _ = jd.perturb(jax.random.key(3), data.sample(jax.random.key(4), 4000), last_time(), SDE)
+  assert abs(value(draw(name, 64, steps, 4000)) - value(fresh)) < largest
