@@ -38,11 +38,12 @@ def config(kind, steps=4):
 
 
 @functools.cache
-def build(kind):
+def build(kind, **options):
   """The sampler, with its path where it has one, and its process; the last time is where few steps are enough."""
   given = config(kind)
-  process = factory.make_process(given)
-  return factory.make_sampler(given, process, **({"path": True} if factory.has_path(given) else {})), process
+  process, sampler = factory.make_process(given), given["sampler"] | options
+  path = {"path": True} if factory.has_path(given) else {}
+  return factory.make_sampler(given | {"sampler": sampler}, process, **path), process
 
 
 def score(x, t, center, broken, scale=1.0):
